@@ -1,0 +1,1 @@
+"""What is known about efficiency methods: vocabulary, cards, catalogue, queries, site. Never imports torch."""

@@ -1,0 +1,51 @@
+"""The efficiency zoo: methods that make transformers cheaper, behind one interface.
+
+Everything is imported on first use, so ``import zoo`` is instant and does not load torch::
+
+    model = zoo.load_model("smollm2-135m")
+    with zoo.method("prompt-lookup").apply(model) as applied:
+        ids = applied.generate(**inputs)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load_model": "zoo.models.loading",
+    "LoadedModel": "zoo.models",
+    "Method": "zoo.method",
+    "Stack": "zoo.method",
+    "Applied": "zoo.method",
+    "method": "zoo.method",
+    "implemented": "zoo.method",
+    "register": "zoo.method",
+    "Report": "zoo.report",
+    "Card": "taxonomy.card",
+    "ZooError": "zoo.errors",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'zoo' has no attribute '{name}'")
+    return getattr(import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from taxonomy.card import Card
+    from zoo.errors import ZooError
+    from zoo.method import Applied, Method, Stack, implemented, method, register
+    from zoo.models import LoadedModel
+    from zoo.models.loading import load_model
+    from zoo.report import Report

@@ -1,0 +1,238 @@
+"""Where the parts of an architecture are.
+
+Engines never touch attribute names such as ``self_attn.q_proj``: they ask the ``Anatomy``, which one small file per
+architecture family knows how to build. Views are made on demand from the live model and hold no copies, so after
+surgery a new ``anatomy_of(model)`` tells the new widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from zoo.errors import Refused
+
+
+@dataclass(frozen=True)
+class LinearPart:
+    """A linear layer, or some output rows of a fused one (``rows = (start, stop)``).
+
+    ``owner.name`` is the attribute to replace when the layer is rebuilt.
+    """
+
+    owner: nn.Module
+    name: str
+    rows: tuple[int, int] | None = None
+
+    @property
+    def linear(self) -> nn.Linear:
+        """The whole layer."""
+        layer = getattr(self.owner, self.name)
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Weight of these rows, ``[out, in]`` (a view)."""
+        weight = self.linear.weight
+        return weight if self.rows is None else weight[self.rows[0] : self.rows[1]]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """Bias of these rows, ``[out]``."""
+        bias = self.linear.bias
+        return bias if bias is None or self.rows is None else bias[self.rows[0] : self.rows[1]]
+
+    @property
+    def out_features(self) -> int:
+        """Number of rows."""
+        return self.linear.out_features if self.rows is None else self.rows[1] - self.rows[0]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply these rows to ``x [..., in]``."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Multi-head attention with (possibly) grouped keys and values."""
+
+    module: nn.Module
+    query: LinearPart
+    key: LinearPart
+    value: LinearPart
+    output: LinearPart
+    head_dim: int
+    scaling: float
+    query_norm: nn.Module | None = None
+    key_norm: nn.Module | None = None
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.query.out_features // self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads (groups)."""
+        return self.key.out_features // self.head_dim
+
+    @property
+    def group(self) -> int:
+        """Query heads per key-value head; 1 for plain multi-head attention."""
+        return self.heads // self.kv_heads if self.kv_heads else 1
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Feed-forward block. ``gate`` is ``None`` when it is not gated."""
+
+    module: nn.Module
+    gate: LinearPart | None
+    up: LinearPart
+    down: LinearPart
+
+    @property
+    def width(self) -> int:
+        """Intermediate channels."""
+        return self.up.out_features
+
+    @property
+    def inputs(self) -> tuple[LinearPart, ...]:
+        """The projections into the intermediate channels."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One pre-norm decoder layer."""
+
+    module: nn.Module
+    input_norm: nn.Module
+    attention: Attention
+    post_norm: nn.Module
+    mlp: Mlp
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A causal decoder: ``module`` is the inner model (embeddings, layers, final norm), ``head`` the LM head."""
+
+    module: nn.Module
+    embed: nn.Embedding
+    layers: tuple[DecoderLayer, ...]
+    norm: nn.Module
+    rotary: nn.Module | None
+    head: nn.Linear | None
+    config: Any
+    stack: nn.ModuleList
+    """The list that holds the layer modules (depth methods shorten it)."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return self.embed.embedding_dim
+
+    def prunable_parameters(self) -> int:
+        """Weights of all decoder-layer linears (embeddings, norms, biases and head not counted)."""
+        return sum(
+            part.weight.numel()
+            for layer in self.layers
+            for part in (
+                layer.attention.query,
+                layer.attention.key,
+                layer.attention.value,
+                layer.attention.output,
+                *layer.mlp.inputs,
+                layer.mlp.down,
+            )
+        )
+
+
+@dataclass(frozen=True)
+class EncoderBlock:
+    """One pre-norm encoder block: ``x + scale1(attention(norm1(x)))``, then ``x + scale2(mlp(norm2(x)))``."""
+
+    module: nn.Module
+    norm1: nn.Module
+    attention: Attention
+    scale1: Callable[[torch.Tensor], torch.Tensor]
+    norm2: nn.Module
+    mlp: nn.Module
+    scale2: Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A vision encoder. ``prefix`` counts tokens before the patches: ``[CLS]``, distillation token, registers."""
+
+    module: nn.Module
+    blocks: tuple[EncoderBlock, ...]
+    hidden_size: int
+    heads: int
+    patch_size: int
+    image_size: int
+    prefix: int
+    has_cls: bool
+    has_distillation_token: bool
+    config: Any
+    block_attention_key: str = "attention_mask"
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """All parts of one model. What an architecture lacks is ``None``."""
+
+    kind: Literal["decoder", "encoder", "vlm"]
+    model_type: str
+    decoder: Decoder | None = None
+    encoder: Encoder | None = None
+    projector: nn.Module | None = None
+    vlm: nn.Module | None = None
+    """The module whose forward receives ``input_ids`` and pixels, and calls encoder, projector and decoder."""
+    image_token_id: int | None = None
+    feature_layer: int | list[int] | None = None
+    """Which encoder hidden state the projector reads (as in the config: -2 is the one before the last block's output)."""
+    drops_cls: bool = False
+    """True when the VLM cuts the prefix tokens off before projecting."""
+
+    @property
+    def description(self) -> str:
+        """For refusals: ``llama (decoder LLM)``."""
+        names = {"decoder": "decoder LLM", "encoder": "vision encoder", "vlm": "vision-language model"}
+        return f"{self.model_type} ({names[self.kind]})"
+
+
+Builder = Callable[[Any], Anatomy]
+_builders: dict[str, Builder] = {}
+
+
+def architecture(*model_types: str) -> Callable[[Builder], Builder]:
+    """Register a builder for transformers ``config.model_type`` names."""
+
+    def decorate(builder: Builder) -> Builder:
+        for model_type in model_types:
+            _builders[model_type] = builder
+        return builder
+
+    return decorate
+
+
+def anatomy_of(model: Any) -> Anatomy:
+    """The anatomy of a transformers model.
+
+    Raises:
+        Refused: the architecture is not known; the message lists those that are.
+    """
+    from zoo.models import llama_like, llava_like, vit_like  # noqa: F401 - they register themselves
+
+    model_type = model.config.model_type
+    builder = _builders.get(model_type)
+    if builder is None:
+        known = ", ".join(sorted(_builders))
+        raise Refused(f"the architecture '{model_type}' is not supported yet; supported: {known}")
+    return builder(model)
