@@ -1,0 +1,154 @@
+"""Looking into attention without a full attention map.
+
+A tap sits where transformers dispatches to an attention kernel: it sees queries and keys after normalisation and
+rotary embedding, whatever the architecture, and the kernel (SDPA, flash) runs as before. From them a method asks for
+just the rows it needs: ``softmax(q_row K^T)`` is O(N) per head.
+
+Transformers looks the kernel up by name in a public registry, through ``module.config``. A tap gives one attention
+module its own shallow copy of the config with the name of an observing kernel; detaching restores the original
+object. No function is patched and nothing stays on the module.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from zoo.errors import Refused
+
+_PREFIX = "zoo_observed_"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Inputs of one attention call.
+
+    Attributes:
+        query: ``[B, H, Nq, d]``, after normalisation and rotary embedding.
+        key: ``[B, H_kv, Nk, d]``, cached keys included.
+        value: ``[B, H_kv, Nk, d]``.
+        mask: what the kernel got: ``None``, ``[B, 1, Nq, Nk]`` (bool or additive) or ``[B, Nk]``.
+        scaling: factor on the products.
+        causal: the kernel masks the future itself when ``mask`` is ``None``.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    scaling: float
+    causal: bool
+
+    def rows(self, sample: int, index: torch.Tensor) -> torch.Tensor:
+        """Attention probabilities of some queries of one sample, in float32.
+
+        Args:
+            sample: row of the batch.
+            index: query positions ``[R]``.
+
+        Returns:
+            ``[H, R, Nk]``; each row sums to 1 over the keys it may see.
+        """
+        query = self.query[sample, :, index].float()
+        key = self.key[sample].float()
+        heads, kv_heads = query.shape[0], key.shape[0]
+        grouped = query.view(kv_heads, heads // kv_heads, len(index), -1)
+        scores = (grouped @ key.unsqueeze(1).transpose(-1, -2)).view(heads, len(index), -1) * self.scaling
+        return self._masked(scores, sample, index).softmax(-1)
+
+    def _masked(self, scores: torch.Tensor, sample: int, index: torch.Tensor) -> torch.Tensor:
+        lowest = torch.finfo(scores.dtype).min
+        mask = self.mask
+        if mask is not None and mask.dim() == 4:
+            row = mask[min(sample, mask.shape[0] - 1), 0, index, : scores.shape[-1]]
+            return scores.masked_fill(~row, lowest) if row.dtype == torch.bool else scores + row.float()
+        if self.causal and self.query.shape[2] > 1:
+            # The last query sees the last key, also when earlier keys come from a cache.
+            horizon = index + (self.key.shape[2] - self.query.shape[2])
+            future = torch.arange(scores.shape[-1], device=scores.device) > horizon.unsqueeze(-1)
+            scores = scores.masked_fill(future, lowest)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[sample, : scores.shape[-1]].bool(), lowest)
+        return scores
+
+
+Tap = Callable[[Seen], None]
+_taps: weakref.WeakKeyDictionary[nn.Module, list[Tap]] = weakref.WeakKeyDictionary()
+
+
+def _observing(base: str) -> str:
+    """Name of the kernel that shows its inputs to the taps and then runs ``base``; registered on first use."""
+    name = _PREFIX + base
+    if name not in ALL_ATTENTION_FUNCTIONS:
+
+        def forward(
+            module: nn.Module,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attention_mask: torch.Tensor | None,
+            **kwargs: Any,
+        ) -> Any:
+            scaling = kwargs.get("scaling")
+            causal = kwargs.get("is_causal")
+            seen = Seen(
+                query,
+                key,
+                value,
+                attention_mask,
+                query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+                bool(getattr(module, "is_causal", True) if causal is None else causal),
+            )
+            for tap in tuple(_taps.get(module, ())):
+                tap(seen)
+            kernel: Callable[..., Any]
+            if base == "eager":
+                kernel = sys.modules[type(module).__module__].eager_attention_forward
+            else:
+                kernel = ALL_ATTENTION_FUNCTIONS[base]
+            return kernel(module, query, key, value, attention_mask, **kwargs)
+
+        ALL_ATTENTION_FUNCTIONS.register(name, forward)
+    return name
+
+
+def tap_attention(module: nn.Module, tap: Tap) -> Callable[[], None]:
+    """Call ``tap`` with the inputs of every attention call of ``module``; returns the function that detaches it.
+
+    Raises:
+        Refused: the module does not dispatch its attention through transformers' registry.
+    """
+    config: Any = getattr(module, "config", None)
+    base = getattr(config, "_attn_implementation", None)
+    if base is None:
+        raise Refused(
+            f"attention scores of {type(module).__name__} cannot be observed: it does not use transformers' "
+            "attention registry"
+        )
+    listeners = _taps.setdefault(module, [])
+    listeners.append(tap)
+    if not base.startswith(_PREFIX):
+        observed = copy.copy(config)
+        observed._attn_implementation_internal = _observing(base)
+        module.config = observed
+        _originals[module] = config
+
+    def detach() -> None:
+        if tap in listeners:
+            listeners.remove(tap)
+        if not listeners and module in _originals:
+            module.config = _originals.pop(module)
+            _taps.pop(module, None)
+
+    return detach
+
+
+_originals: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()

@@ -1,0 +1,531 @@
+"""Shortening the sequence of a vision-language model while it runs.
+
+A method declares *stages* (before the LLM, or before a decoder layer) and returns a reduction of the visual tokens
+of one sample. This engine does the rest with forward hooks: it cuts ``hidden_states``, positions and masks so that
+every later layer and its KV cache are really shorter, pads samples that keep different numbers, and on decode steps
+cuts the prefix columns of the mask to what each layer has in its cache. It works under plain ``model.generate``.
+
+All state of an input lives in a ``_Pass`` that is keyed by the input's cache, so two generations never mix, and
+nothing stays on the modules after ``close``.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import DynamicCache
+
+from zoo.engines.probes import Seen, tap_attention
+from zoo.engines.reductions import Keep, Reduction
+from zoo.errors import BadInput, Refused
+from zoo.models.anatomy import Anatomy, Decoder
+
+Positions = Literal["keep", "renumber"]
+
+
+@dataclass(frozen=True)
+class View:
+    """What a method may look at: the visual tokens of one sample, and its surroundings.
+
+    Attributes:
+        tokens: visual tokens at this stage, ``[N, D]``: projected embeddings before the LLM, hidden states inside.
+        index: their places in the current (already shortened) sequence, ``[N]``.
+        original: their places in the sequence before any reduction, ``[N]``.
+        text: the other (non-padding) tokens at this stage, ``[T, D]``.
+        text_index: their places in the current sequence, ``[T]``.
+        total: visual tokens of this sample before any stage.
+        layer: decoder layer in front of which the stage stands; -1 before the LLM.
+    """
+
+    tokens: torch.Tensor
+    index: torch.Tensor
+    original: torch.Tensor
+    text: torch.Tensor
+    text_index: torch.Tensor
+    total: int
+    layer: int
+    _sample: int = 0
+    _seen: dict[int, Seen] = field(default_factory=dict, repr=False)
+
+    def attention(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
+        """Attention that queries ``rows [R]`` (places in the current sequence) of ``layer`` pay to all keys.
+
+        Returns:
+            ``[H, R, L]`` in float32, from the kernel's own queries and keys; the layer must be observed by the stage.
+        """
+        return self._seen[layer].rows(self._sample, rows)
+
+    @property
+    def last(self) -> torch.Tensor:
+        """Place of the last non-padding token, ``[1]``."""
+        return torch.maximum(self.index.max(), self.text_index.max()).reshape(1)
+
+
+Select = Callable[[View], Reduction]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where tokens leave: in front of decoder layer ``layer`` (-1 = before the LLM).
+
+    Attributes:
+        reduce: called once per sample; returns a reduction of ``view.tokens`` with a batch of one.
+        observes: decoder layers whose attention ``reduce`` will ask for; each must lie before ``layer``, and after
+            any earlier stage.
+    """
+
+    layer: int
+    reduce: Select
+    observes: tuple[int, ...] = ()
+
+
+@dataclass
+class _Segment:
+    """The sequence as layers from ``first`` on see it.
+
+    Attributes:
+        columns: original place of each token, ``[B, L]``.
+        valid: real tokens (False = padding), ``[B, L]``.
+        visual: visual tokens, ``[B, L]``.
+        removed: how far positions move when renumbered, ``[B]``.
+    """
+
+    first: int
+    columns: torch.Tensor
+    valid: torch.Tensor
+    visual: torch.Tensor
+    removed: torch.Tensor
+    step: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    """Arguments of the running forward pass, already cut, by the identity of the originals."""
+
+
+@dataclass
+class _Pass:
+    """One input, from its prefill to its last token."""
+
+    length: int
+    valid: torch.Tensor
+    padded: bool
+    segments: list[_Segment]
+    seen: dict[int, Seen] = field(default_factory=dict)
+    prefill: bool = True
+
+
+class TokenReducer:
+    """Installs the hooks for ``stages`` on a model; ``close`` removes them.
+
+    Args:
+        anatomy: of a vision-language model.
+        stages: in order of depth.
+        positions: ``keep`` the survivors' position ids (gaps stay) or ``renumber`` them.
+        name: for error messages.
+    """
+
+    def __init__(self, anatomy: Anatomy, stages: Iterable[Stage], positions: Positions, name: str) -> None:
+        if anatomy.vlm is None or anatomy.decoder is None or anatomy.image_token_id is None:
+            raise Refused(f"{name} needs a vision-language model; this model is {anatomy.description}")
+        self.name = name
+        self.positions = positions
+        self.image_token_id = anatomy.image_token_id
+        self.decoder: Decoder = anatomy.decoder
+        self.stages = sorted(stages, key=lambda stage: stage.layer)
+        self._check_depth()
+        self.visual_per_layer: torch.Tensor | None = None
+        """Visual tokens seen by each decoder layer, ``[B, layers]``, of the latest input."""
+        self.visual_total: torch.Tensor | None = None
+        """Visual tokens of each sample before any reduction, ``[B]``."""
+        self.kept: dict[int, list[torch.Tensor]] = {}
+        """Original places of the surviving visual tokens, per stage layer and sample (latest input)."""
+        self._ids: torch.Tensor | None = None
+        self._passes: weakref.WeakKeyDictionary[Any, _Pass] = weakref.WeakKeyDictionary()
+        self._current: _Pass | None = None
+        self._undo: list[Callable[[], None]] = []
+        try:
+            self._install(anatomy.vlm)
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_depth(self) -> None:
+        depth = len(self.decoder.layers)
+        floor = -1
+        for stage in self.stages:
+            if not -1 <= stage.layer < depth:
+                raise Refused(
+                    f"{self.name} would prune before layer {stage.layer}; this model has {depth} layers (0..{depth - 1})"
+                )
+            for layer in stage.observes:
+                if not max(floor, 0) <= layer < stage.layer:
+                    raise Refused(
+                        f"{self.name} needs the attention of layer {layer}, which does not lie between its stages "
+                        f"at {floor} and {stage.layer}"
+                    )
+            floor = stage.layer
+
+    # --- hooks ------------------------------------------------------------------------------------------------
+
+    def _install(self, vlm: torch.nn.Module) -> None:
+        def keep(handle: Any) -> None:
+            self._undo.append(handle.remove)
+
+        keep(vlm.register_forward_pre_hook(self._on_vlm, with_kwargs=True))
+        inner = self.decoder.module
+        keep(inner.register_forward_pre_hook(self._on_decoder, with_kwargs=True))
+        keep(inner.register_forward_hook(self._after_decoder, with_kwargs=True, always_call=True))
+        inside = [stage.layer for stage in self.stages if stage.layer >= 0]
+        for number, layer in enumerate(self.decoder.layers):
+            if inside and number >= min(inside):
+                keep(layer.module.register_forward_pre_hook(self._on_layer(number), with_kwargs=True))
+        for number in sorted({layer for stage in self.stages for layer in stage.observes}):
+            self._undo.append(tap_attention(self.decoder.layers[number].attention.module, self._on_attention(number)))
+
+    def close(self) -> None:
+        """Remove all hooks."""
+        while self._undo:
+            self._undo.pop()()
+        self._ids = self._current = None
+
+    def _on_vlm(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._ids = kwargs.get("input_ids", args[0] if args else None)
+
+    def _on_attention(self, layer: int) -> Callable[[Seen], None]:
+        def tap(seen: Seen) -> None:
+            if self._current is not None and self._current.prefill:
+                self._current.seen[layer] = seen
+
+        return tap
+
+    def _on_decoder(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            raise BadInput(f"{self.name}: the inner language model must be called with keyword arguments")
+        kwargs = dict(kwargs)
+        cache = kwargs.get("past_key_values")
+        if cache is None and kwargs.get("use_cache", self.decoder.config.use_cache):
+            # The model would make this cache itself; making it here lets the later steps find their pass.
+            cache = kwargs["past_key_values"] = DynamicCache(config=self.decoder.config)
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise Refused(
+                f"{self.name} makes layers of different lengths, which {type(cache).__name__} cannot hold; "
+                "use the default dynamic cache"
+            )
+        if cache is None or cache.get_seq_length() == 0:
+            self._current = self._begin(kwargs)
+            if cache is not None:
+                self._passes[cache] = self._current
+        else:
+            known = self._passes.get(cache)
+            if known is None:
+                raise BadInput(f"{self.name}: this cache was filled before the method was applied; start from the prompt")
+            self._current = known
+            self._continue(known, cache, kwargs)
+        return args, kwargs
+
+    def _after_decoder(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        current, self._current, self._ids = self._current, None, None
+        if current is not None:
+            for segment in current.segments:
+                segment.step.clear()
+            current.seen.clear()
+            current.prefill = False
+
+    def _on_layer(self, number: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+        stage = next((stage for stage in self.stages if stage.layer == number), None)
+
+        def hook(
+            module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            current = self._current
+            if current is None:
+                return args, kwargs
+            kwargs = dict(kwargs)
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if stage is not None and current.prefill:
+                hidden = self._shorten(current, stage, hidden)
+            segment = current.segments[-1] if current.prefill else _segment_of(current, number)
+            if segment.first >= 0:
+                self._cut_arguments(current, segment, hidden, kwargs)
+            if args:
+                return (hidden, *args[1:]), kwargs
+            kwargs["hidden_states"] = hidden
+            return args, kwargs
+
+        return hook
+
+    # --- prefill ----------------------------------------------------------------------------------------------
+
+    def _begin(self, kwargs: dict[str, Any]) -> _Pass:
+        embeds = kwargs.get("inputs_embeds")
+        if self._ids is None or embeds is None:
+            raise BadInput(f"{self.name} finds visual tokens by their placeholder ids: pass input_ids, not inputs_embeds")
+        batch, length = embeds.shape[:2]
+        visual = self._ids == self.image_token_id
+        if not bool(visual.any()):
+            raise BadInput(f"{self.name} prunes visual tokens, and this input has no image")
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() != 2:
+            raise BadInput(f"{self.name} takes a 2-D attention mask [batch, length]; a {mask.dim()}-D one was given")
+        valid = torch.ones_like(visual) if mask is None else mask[:, :length].bool()
+        everything = torch.arange(length, device=embeds.device).expand(batch, -1)
+        start = _Segment(-1, everything, valid, visual & valid, valid.new_zeros(batch, dtype=torch.long))
+        current = _Pass(length, valid, not bool(valid.all()), [start])
+        self.kept = {}
+        self.visual_total = start.visual.sum(1)
+        self.visual_per_layer = self.visual_total.unsqueeze(1).repeat(1, len(self.decoder.layers))
+        for stage in self.stages:
+            if stage.layer == -1:
+                kwargs["inputs_embeds"] = self._shorten(current, stage, embeds)
+                self._cut_model_inputs(current, kwargs)
+        return current
+
+    def _shorten(self, current: _Pass, stage: Stage, hidden: torch.Tensor) -> torch.Tensor:
+        """Run one stage: ask the method, build the shorter sequence, remember what went."""
+        before = current.segments[-1]
+        assert self.visual_total is not None and self.visual_per_layer is not None
+        rows: list[_Row] = []
+        for sample in range(hidden.shape[0]):
+            places = before.visual[sample].nonzero().squeeze(-1)
+            others = (before.valid[sample] & ~before.visual[sample]).nonzero().squeeze(-1)
+            if not len(places):
+                rows.append(_Row(others, torch.zeros_like(others, dtype=torch.bool), None))
+                continue
+            view = View(
+                tokens=hidden[sample, places],
+                index=places,
+                original=before.columns[sample, places],
+                text=hidden[sample, others],
+                text_index=others,
+                total=int(self.visual_total[sample]),
+                layer=stage.layer,
+                _sample=sample,
+                _seen=current.seen,
+            )
+            rows.append(_arrange(stage.reduce(view), view))
+        self.kept[stage.layer] = [before.columns[b, row.place[row.visual]] for b, row in enumerate(rows)]
+        counts = torch.tensor([len(kept) for kept in self.kept[stage.layer]], device=hidden.device)
+        self.visual_per_layer[:, max(stage.layer, 0) :] = counts.unsqueeze(1)
+        segment, hidden = _assemble(stage.layer, before, current, rows, hidden)
+        current.segments.append(segment)
+        for layer in stage.observes:
+            current.seen.pop(layer, None)
+        return hidden
+
+    def _cut_model_inputs(self, current: _Pass, kwargs: dict[str, Any]) -> None:
+        """Mask and positions of the whole decoder, after a stage before the LLM."""
+        segment = current.segments[-1]
+        if segment is current.segments[0] or _unchanged(current, segment):
+            return
+        # An explicit mask also keeps transformers from taking gaps in the position ids for packed sequences.
+        given = kwargs.get("attention_mask")
+        dtype = torch.long if given is None else given.dtype
+        kwargs["attention_mask"] = segment.valid.to(dtype)
+        positions = kwargs.get("position_ids")
+        if self.positions == "renumber":
+            kwargs["position_ids"] = (segment.valid.long().cumsum(1) - 1).clamp(min=0)
+            return
+        if positions is None:
+            positions = torch.arange(current.length, device=segment.columns.device).unsqueeze(0)
+        kwargs["position_ids"] = _gather_last(positions, segment.columns)
+
+    # --- decode -----------------------------------------------------------------------------------------------
+
+    def _continue(self, current: _Pass, cache: Any, kwargs: dict[str, Any]) -> None:
+        """A later step: cut the prefix of the mask to what the first layers hold, and set the positions."""
+        outer = [segment for segment in current.segments if segment.first <= 0]
+        segment = outer[-1]
+        if _unchanged(current, segment):
+            return
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2:
+            kwargs["attention_mask"] = _cut_2d(mask, segment, current.length)
+        elif mask is not None:
+            kwargs["attention_mask"] = _cut_columns(mask, segment.columns, segment.valid, current.length)
+        elif not bool(segment.valid.all()):
+            fresh = kwargs["inputs_embeds"].shape[1] + cache.get_seq_length() - segment.columns.shape[1]
+            kwargs["attention_mask"] = torch.cat(
+                (segment.valid, segment.valid.new_ones(len(segment.valid), fresh)), dim=1
+            ).long()
+        positions = kwargs.get("position_ids")
+        if self.positions == "renumber":
+            if positions is not None:
+                kwargs["position_ids"] = positions - segment.removed.view(-1, 1)
+        elif positions is None:
+            fresh = kwargs["inputs_embeds"].shape[1]
+            start = cache.get_seq_length() - segment.columns.shape[1] + current.length
+            kwargs["position_ids"] = torch.arange(start, start + fresh, device=segment.columns.device).unsqueeze(0)
+
+    def _cut_arguments(
+        self, current: _Pass, segment: _Segment, hidden: torch.Tensor, kwargs: dict[str, Any]
+    ) -> None:
+        """Arguments that the decoder made once for all its layers, cut for the layers of ``segment``."""
+        mask = kwargs.get("attention_mask")
+        rotary = kwargs.get("position_embeddings")
+        key = (id(mask), id(rotary))
+        ready = segment.step.get(key)
+        if ready is None:
+            ready = segment.step[key] = self._cut(current, segment, hidden, mask, rotary, kwargs.get("position_ids"))
+        kwargs.update({name: value for name, value in ready.items() if name in kwargs})
+
+    def _cut(
+        self,
+        current: _Pass,
+        segment: _Segment,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        positions: torch.Tensor | None,
+    ) -> dict[str, Any]:
+        outer = [other for other in current.segments if other.first <= 0][-1]
+        if segment is outer:
+            return {}
+        # Places of the segment's tokens among the tokens that the decoder's own arguments speak of.
+        local = _locate(segment.columns, outer.columns)
+        if mask is None:
+            mask = self._padding_mask(segment, hidden)
+        elif mask.dim() == 2:
+            mask = _cut_2d(mask, segment, outer.columns.shape[1], local)
+        else:
+            if current.prefill:
+                rows = local.unsqueeze(1).unsqueeze(-1).expand(-1, mask.shape[1], -1, mask.shape[3])
+                mask = mask.expand(len(local), -1, -1, -1).gather(2, rows)
+            mask = _cut_columns(mask, local, segment.valid, outer.columns.shape[1])
+        result: dict[str, Any] = {"attention_mask": mask}
+        moved = segment.removed - outer.removed
+        if current.prefill and positions is not None:
+            positions = _gather_last(positions, local)
+            if rotary is not None:
+                rotary = tuple(  # type: ignore[assignment]
+                    part.expand(len(local), -1, -1).gather(1, local.unsqueeze(-1).expand(-1, -1, part.shape[-1]))
+                    for part in rotary
+                )
+        if self.positions == "renumber" and positions is not None and rotary is not None:
+            if current.prefill:
+                positions = (segment.valid.long().cumsum(1) - 1).clamp(min=0)
+            else:
+                positions = positions - moved.view(-1, 1)
+            assert self.decoder.rotary is not None
+            rotary = self.decoder.rotary(hidden, position_ids=positions)
+        return {**result, "position_ids": positions, "position_embeddings": rotary}
+
+    def _padding_mask(self, segment: _Segment, hidden: torch.Tensor) -> torch.Tensor | None:
+        """``None`` was right for the full sequence; samples that keep different numbers need a mask."""
+        if bool(segment.valid.all()):
+            return None
+        fresh = hidden.shape[1] if hidden.shape[1] != segment.columns.shape[1] else 0
+        valid = torch.cat((segment.valid, segment.valid.new_ones(len(segment.valid), fresh)), dim=1)
+        implementation = self.decoder.config._attn_implementation
+        if "flash" in implementation:
+            return valid.long()
+        queries, keys = hidden.shape[1], valid.shape[1]
+        causal = torch.ones(queries, keys, dtype=torch.bool, device=hidden.device).tril(keys - queries)
+        allowed = causal & valid[:, None, None, :]
+        if "eager" not in implementation:
+            return allowed
+        return torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill(~allowed, torch.finfo(hidden.dtype).min)
+
+
+# --- arranging a shorter sequence ---------------------------------------------------------------------------------
+
+
+@dataclass
+class _Row:
+    """The new sequence of one sample: for each token the current place it takes, and whether it is visual."""
+
+    place: torch.Tensor
+    visual: torch.Tensor
+    values: torch.Tensor | None
+    """New values of the visual tokens ``[K, D]`` in sequence order; ``None`` when they are unchanged."""
+
+
+def _arrange(reduction: Reduction, view: View) -> _Row:
+    """Order of the surviving tokens: text stays in place, visual tokens keep the reduction's order in their block."""
+    if reduction.anchor.shape[0] != 1:
+        raise ValueError("a stage reduces one sample at a time: the reduction must have a batch of one")
+    anchor = view.index[reduction.anchor[0]]
+    # A block is a run of neighbouring visual tokens; all its survivors sort to where the block began.
+    breaks = torch.ones_like(view.index)
+    breaks[1:] = (view.index[1:] - view.index[:-1] != 1).long()
+    starts = view.index[breaks.bool()][breaks.cumsum(0) - 1]
+    place = torch.cat((anchor, view.text_index))
+    order = torch.cat((starts[reduction.anchor[0]], view.text_index)).argsort(stable=True)
+    visual = order < len(anchor)
+    values = None
+    if not isinstance(reduction, Keep):
+        values = reduction.apply(view.tokens.unsqueeze(0))[0][order[visual]]
+    return _Row(place[order], visual, values)
+
+
+def _assemble(
+    first: int, before: _Segment, current: _Pass, rows: list[_Row], hidden: torch.Tensor
+) -> tuple[_Segment, torch.Tensor]:
+    """Left-pad the rows to one length and gather the hidden states."""
+    length = max(len(row.place) for row in rows)
+    batch = len(rows)
+    index = torch.zeros(batch, length, dtype=torch.long, device=hidden.device)
+    valid = torch.zeros(batch, length, dtype=torch.bool, device=hidden.device)
+    visual = torch.zeros_like(valid)
+    for sample, row in enumerate(rows):
+        pad = length - len(row.place)
+        index[sample, pad:] = row.place
+        valid[sample, pad:] = True
+        visual[sample, pad:] = row.visual
+    identity = length == hidden.shape[1] and bool((index == torch.arange(length, device=hidden.device)).all())
+    if not identity:
+        hidden = hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+    changed = [row for row in rows if row.values is not None]
+    if changed:
+        hidden = hidden.clone()
+        for sample, row in enumerate(rows):
+            if row.values is not None:
+                hidden[sample, visual[sample]] = row.values.to(hidden.dtype)
+    removed = current.valid.sum(1) - valid.sum(1)
+    return _Segment(first, before.columns.gather(1, index), valid, visual, removed), hidden
+
+
+def _segment_of(current: _Pass, layer: int) -> _Segment:
+    return [segment for segment in current.segments if segment.first <= layer][-1]
+
+
+def _unchanged(current: _Pass, segment: _Segment) -> bool:
+    """True when the segment is the whole original sequence."""
+    return segment.first == -1 and segment.columns.shape[1] == current.length and bool(
+        (segment.columns == torch.arange(current.length, device=segment.columns.device)).all()
+    )
+
+
+def _locate(inner: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:
+    """For each original place in ``inner [B, L]`` its index in ``outer [B, M]``."""
+    size = int(outer.max()) + 1
+    table = torch.zeros(len(outer), size, dtype=torch.long, device=outer.device)
+    table.scatter_(1, outer, torch.arange(outer.shape[1], device=outer.device).expand_as(outer))
+    return table.gather(1, inner)
+
+
+def _gather_last(positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Gather ``positions [..., B or 1, N]`` (M-RoPE has leading rows) along the last dimension with ``[B, L]``."""
+    shape = (*positions.shape[:-2], *index.shape)
+    return positions.expand(*positions.shape[:-2], len(index), -1).gather(-1, index.expand(shape))
+
+
+def _cut_2d(
+    mask: torch.Tensor, segment: _Segment, prefix: int, local: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``[B, prefix + fresh]`` -> ``[B, L + fresh]``."""
+    index = segment.columns if local is None else local
+    return torch.cat((mask[:, :prefix].gather(1, index) * segment.valid.to(mask.dtype), mask[:, prefix:]), dim=1)
+
+
+def _cut_columns(mask: torch.Tensor, index: torch.Tensor, valid: torch.Tensor, prefix: int) -> torch.Tensor:
+    """``[B or 1, 1, Q, prefix + fresh]`` -> ``[B, 1, Q, L + fresh]``, hiding padding columns."""
+    mask = mask.expand(len(index), -1, -1, -1)
+    columns = index[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
+    cut = mask[..., :prefix].gather(3, columns)
+    if not bool(valid.all()):
+        hidden = ~valid[:, None, None, :]
+        cut = cut & ~hidden if cut.dtype == torch.bool else cut.masked_fill(hidden, torch.finfo(cut.dtype).min)
+    return torch.cat((cut, mask[..., prefix:]), dim=3)
