@@ -40,7 +40,9 @@ class Claim(_Strict):
     value: float | str = Field(description="The method's figure, as reported.")
     baseline: float | str | None = Field(None, description="The unmodified model's figure, as reported.")
     budget: str | None = Field(None, description="Setting: ratio, tokens kept, layers ...")
-    source: str | None = Field(None, description="Where it stands: table, section, read-me, third-party summary.")
+    source: str | None = Field(
+        None, description="Where it stands: table, section, read-me, third-party summary."
+    )
     note: str | None = None
     verified: bool = Field(
         True,
@@ -71,7 +73,9 @@ class Card(_Strict):
     name: str
     title: str = Field(description="Title of the paper or note.")
     kind: Literal["method", "baseline", "benchmark", "survey", "analysis"] = "method"
-    summary: str = Field(min_length=40, max_length=900, description="Two to four sentences: what it does and why.")
+    summary: str = Field(
+        min_length=40, max_length=900, description="Two to four sentences: what it does and why."
+    )
     arxiv: tuple[Annotated[str, Field(pattern=r"^\d{4}\.\d{4,5}$")], ...] = ()
     year: int = Field(ge=1980, le=2100)
     venue: str | None = None
@@ -80,7 +84,9 @@ class Card(_Strict):
     code_license: str | None = Field(None, description="Licence of that repository; absent = none stated.")
     shown_on: tuple[str, ...] = Field((), description="Models the authors report on.")
     facets: dict[str, tuple[str, ...]]
-    properties: dict[str, bool] = Field(default_factory=dict, description="A property left out does not apply.")
+    properties: dict[str, bool] = Field(
+        default_factory=dict, description="A property left out does not apply."
+    )
     claims: tuple[Claim, ...] = ()
     fidelity: Fidelity
     notes: tuple[str, ...] = Field((), description="What someone who applies the method should know.")

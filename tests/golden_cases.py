@@ -1,9 +1,9 @@
 """How golden cases find the code that must reproduce them.
 
-A case is an ``.npz`` file with inputs and outputs of a method's official code. An adapter (``tests/adapters/<slug>.py``)
-feeds the inputs to the very functions that ``zoo run`` uses and compares. A case is recognised by the arrays it
-holds, never by its file name, so further cases can be dropped into a folder named by ``ZOO_GOLDEN``
-(layout ``<slug>/<case>.npz``).
+A case is an ``.npz`` file with inputs and outputs of a method's official code. An adapter
+(``tests/adapters/<slug>.py``) feeds the inputs to the very functions that ``zoo run`` uses and compares. A case is
+recognised by the arrays it holds, never by its file name, so further cases can be dropped into a folder named by
+``ZOO_GOLDEN`` (layout ``<slug>/<case>.npz``).
 """
 
 from __future__ import annotations
@@ -37,15 +37,18 @@ class Case:
         return torch.from_numpy(self.arrays[name].copy())
 
     def item(self, name: str) -> Any:
-        """A 0-d array as int, float, bool or str."""
-        return self.arrays[name].item()
+        """A 0-d array as a Python value; a float32 becomes the decimal it was written from (0.3, not 0.30000001)."""
+        value = self.arrays[name]
+        return float(str(value[()])) if value.dtype == np.float32 else value.item()
 
     def strings(self, name: str) -> list[str]:
         return [str(value) for value in self.arrays[name].reshape(-1)]
 
     def prefixed(self, prefix: str) -> dict[str, torch.Tensor]:
         """All arrays ``prefix + rest``, by ``rest``."""
-        return {name.removeprefix(prefix): self.tensor(name) for name in self.arrays if name.startswith(prefix)}
+        return {
+            name.removeprefix(prefix): self.tensor(name) for name in self.arrays if name.startswith(prefix)
+        }
 
 
 @dataclass(frozen=True)

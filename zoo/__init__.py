@@ -17,18 +17,31 @@ __version__ = "0.1.0"
 _HOMES = {
     "load_model": "zoo.models.loading",
     "LoadedModel": "zoo.models",
-    "Method": "zoo.method",
-    "Stack": "zoo.method",
-    "Applied": "zoo.method",
-    "method": "zoo.method",
-    "implemented": "zoo.method",
-    "register": "zoo.method",
+    "Method": "zoo.interface",
+    "Stack": "zoo.interface",
+    "Applied": "zoo.interface",
+    "method": "zoo.interface",
+    "implemented": "zoo.interface",
+    "register": "zoo.interface",
     "Report": "zoo.report",
     "Card": "taxonomy.card",
     "ZooError": "zoo.errors",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604
+__all__ = [
+    "Applied",
+    "Card",
+    "LoadedModel",
+    "Method",
+    "Report",
+    "Stack",
+    "ZooError",
+    "__version__",
+    "implemented",
+    "load_model",
+    "method",
+    "register",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -45,7 +58,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from taxonomy.card import Card
     from zoo.errors import ZooError
-    from zoo.method import Applied, Method, Stack, implemented, method, register
+    from zoo.interface import Applied, Method, Stack, implemented, method, register
     from zoo.models import LoadedModel
     from zoo.models.loading import load_model
     from zoo.report import Report

@@ -28,7 +28,9 @@ class DecodingStats(BaseModel):
     accepted: list[int] = Field(
         default_factory=list, description="Draft tokens accepted, per step (the bonus token not counted)."
     )
-    committed: list[int] = Field(default_factory=list, description="Tokens committed, per step (bonus included).")
+    committed: list[int] = Field(
+        default_factory=list, description="Tokens committed, per step (bonus included)."
+    )
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     prefill_seconds: float = 0.0
@@ -48,8 +50,9 @@ class DecodingStats(BaseModel):
 class Report(BaseModel):
     """What one application removed.
 
-    ``kept / total`` is the canonical budget of the family: parameters of the decoder for weight methods, visual
-    tokens averaged over decoder layers for visual-token methods, tokens averaged over blocks for encoder methods.
+    ``kept / total`` is the canonical budget of the family: parameters of the decoder for weight methods,
+    visual tokens averaged over decoder layers for visual-token methods, tokens averaged over blocks for
+    encoder methods.
     """
 
     method: str
@@ -57,9 +60,12 @@ class Report(BaseModel):
     unit: str
     kept: float
     total: float
-    bars: dict[str, list[Bar]] = Field(default_factory=dict, description="Groups of bars: heads, channels, tokens ...")
+    bars: dict[str, list[Bar]] = Field(
+        default_factory=dict, description="Groups of bars: heads, channels, tokens ..."
+    )
     facts: dict[str, float | int | str] = Field(
-        default_factory=dict, description="Other figures, the paper's own budget among them, by readable name."
+        default_factory=dict,
+        description="Other figures, the paper's own budget among them, by readable name.",
     )
     decoding: DecodingStats | None = None
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -109,7 +109,6 @@ class _Pass:
 
     length: int
     valid: torch.Tensor
-    padded: bool
     segments: list[_Segment]
     seen: dict[int, Seen] = field(default_factory=dict)
     prefill: bool = True
@@ -132,7 +131,11 @@ class TokenReducer:
         self.positions = positions
         self.image_token_id = anatomy.image_token_id
         self.decoder: Decoder = anatomy.decoder
-        self.stages = sorted(stages, key=lambda stage: stage.layer)
+        # What enters layer 0 is what the decoder is called with: both names mean the same place.
+        self.stages = [
+            replace(stage, layer=-1) if stage.layer == 0 else stage
+            for stage in sorted(stages, key=lambda stage: stage.layer)
+        ]
         self._check_depth()
         self.visual_per_layer: torch.Tensor | None = None
         """Visual tokens seen by each decoder layer, ``[B, layers]``, of the latest input."""
@@ -156,7 +159,8 @@ class TokenReducer:
         for stage in self.stages:
             if not -1 <= stage.layer < depth:
                 raise Refused(
-                    f"{self.name} would prune before layer {stage.layer}; this model has {depth} layers (0..{depth - 1})"
+                    f"{self.name} would prune before layer {stage.layer}; "
+                    f"this model has {depth} layers (0..{depth - 1})"
                 )
             for layer in stage.observes:
                 if not max(floor, 0) <= layer < stage.layer:
@@ -181,7 +185,9 @@ class TokenReducer:
             if inside and number >= min(inside):
                 keep(layer.module.register_forward_pre_hook(self._on_layer(number), with_kwargs=True))
         for number in sorted({layer for stage in self.stages for layer in stage.observes}):
-            self._undo.append(tap_attention(self.decoder.layers[number].attention.module, self._on_attention(number)))
+            self._undo.append(
+                tap_attention(self.decoder.layers[number].attention.module, self._on_attention(number))
+            )
 
     def close(self) -> None:
         """Remove all hooks."""
@@ -221,7 +227,9 @@ class TokenReducer:
         else:
             known = self._passes.get(cache)
             if known is None:
-                raise BadInput(f"{self.name}: this cache was filled before the method was applied; start from the prompt")
+                raise BadInput(
+                    f"{self.name}: this cache was filled before the method was applied; start from the prompt"
+                )
             self._current = known
             self._continue(known, cache, kwargs)
         return args, kwargs
@@ -262,18 +270,22 @@ class TokenReducer:
     def _begin(self, kwargs: dict[str, Any]) -> _Pass:
         embeds = kwargs.get("inputs_embeds")
         if self._ids is None or embeds is None:
-            raise BadInput(f"{self.name} finds visual tokens by their placeholder ids: pass input_ids, not inputs_embeds")
+            raise BadInput(
+                f"{self.name} finds visual tokens by their placeholder ids: pass input_ids, not inputs_embeds"
+            )
         batch, length = embeds.shape[:2]
         visual = self._ids == self.image_token_id
         if not bool(visual.any()):
             raise BadInput(f"{self.name} prunes visual tokens, and this input has no image")
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() != 2:
-            raise BadInput(f"{self.name} takes a 2-D attention mask [batch, length]; a {mask.dim()}-D one was given")
+            raise BadInput(
+                f"{self.name} takes a 2-D attention mask [batch, length]; a {mask.dim()}-D one was given"
+            )
         valid = torch.ones_like(visual) if mask is None else mask[:, :length].bool()
         everything = torch.arange(length, device=embeds.device).expand(batch, -1)
         start = _Segment(-1, everything, valid, visual & valid, valid.new_zeros(batch, dtype=torch.long))
-        current = _Pass(length, valid, not bool(valid.all()), [start])
+        current = _Pass(length, valid, [start])
         self.kept = {}
         self.visual_total = start.visual.sum(1)
         self.visual_per_layer = self.visual_total.unsqueeze(1).repeat(1, len(self.decoder.layers))
@@ -286,7 +298,8 @@ class TokenReducer:
     def _shorten(self, current: _Pass, stage: Stage, hidden: torch.Tensor) -> torch.Tensor:
         """Run one stage: ask the method, build the shorter sequence, remember what went."""
         before = current.segments[-1]
-        assert self.visual_total is not None and self.visual_per_layer is not None
+        assert self.visual_total is not None
+        assert self.visual_per_layer is not None
         rows: list[_Row] = []
         for sample in range(hidden.shape[0]):
             places = before.visual[sample].nonzero().squeeze(-1)
@@ -309,16 +322,21 @@ class TokenReducer:
         self.kept[stage.layer] = [before.columns[b, row.place[row.visual]] for b, row in enumerate(rows)]
         counts = torch.tensor([len(kept) for kept in self.kept[stage.layer]], device=hidden.device)
         self.visual_per_layer[:, max(stage.layer, 0) :] = counts.unsqueeze(1)
-        segment, hidden = _assemble(stage.layer, before, current, rows, hidden)
-        current.segments.append(segment)
         for layer in stage.observes:
             current.seen.pop(layer, None)
+        if all(
+            row.values is None and torch.equal(row.place, before.valid[b].nonzero().squeeze(-1))
+            for b, row in enumerate(rows)
+        ):
+            return hidden
+        segment, hidden = _assemble(stage.layer, before, current, rows, hidden)
+        current.segments.append(segment)
         return hidden
 
     def _cut_model_inputs(self, current: _Pass, kwargs: dict[str, Any]) -> None:
         """Mask and positions of the whole decoder, after a stage before the LLM."""
         segment = current.segments[-1]
-        if segment is current.segments[0] or _unchanged(current, segment):
+        if segment is current.segments[0]:
             return
         # An explicit mask also keeps transformers from taking gaps in the position ids for packed sequences.
         given = kwargs.get("attention_mask")
@@ -336,9 +354,8 @@ class TokenReducer:
 
     def _continue(self, current: _Pass, cache: Any, kwargs: dict[str, Any]) -> None:
         """A later step: cut the prefix of the mask to what the first layers hold, and set the positions."""
-        outer = [segment for segment in current.segments if segment.first <= 0]
-        segment = outer[-1]
-        if _unchanged(current, segment):
+        segment = _segment_of(current, -1)
+        if segment is current.segments[0]:
             return
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 2:
@@ -357,7 +374,9 @@ class TokenReducer:
         elif positions is None:
             fresh = kwargs["inputs_embeds"].shape[1]
             start = cache.get_seq_length() - segment.columns.shape[1] + current.length
-            kwargs["position_ids"] = torch.arange(start, start + fresh, device=segment.columns.device).unsqueeze(0)
+            kwargs["position_ids"] = torch.arange(
+                start, start + fresh, device=segment.columns.device
+            ).unsqueeze(0)
 
     def _cut_arguments(
         self, current: _Pass, segment: _Segment, hidden: torch.Tensor, kwargs: dict[str, Any]
@@ -368,7 +387,9 @@ class TokenReducer:
         key = (id(mask), id(rotary))
         ready = segment.step.get(key)
         if ready is None:
-            ready = segment.step[key] = self._cut(current, segment, hidden, mask, rotary, kwargs.get("position_ids"))
+            ready = segment.step[key] = self._cut(
+                current, segment, hidden, mask, rotary, kwargs.get("position_ids")
+            )
         kwargs.update({name: value for name, value in ready.items() if name in kwargs})
 
     def _cut(
@@ -380,9 +401,7 @@ class TokenReducer:
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
         positions: torch.Tensor | None,
     ) -> dict[str, Any]:
-        outer = [other for other in current.segments if other.first <= 0][-1]
-        if segment is outer:
-            return {}
+        outer = _segment_of(current, -1)
         # Places of the segment's tokens among the tokens that the decoder's own arguments speak of.
         local = _locate(segment.columns, outer.columns)
         if mask is None:
@@ -400,7 +419,9 @@ class TokenReducer:
             positions = _gather_last(positions, local)
             if rotary is not None:
                 rotary = tuple(  # type: ignore[assignment]
-                    part.expand(len(local), -1, -1).gather(1, local.unsqueeze(-1).expand(-1, -1, part.shape[-1]))
+                    part.expand(len(local), -1, -1).gather(
+                        1, local.unsqueeze(-1).expand(-1, -1, part.shape[-1])
+                    )
                     for part in rotary
                 )
         if self.positions == "renumber" and positions is not None and rotary is not None:
@@ -426,7 +447,9 @@ class TokenReducer:
         allowed = causal & valid[:, None, None, :]
         if "eager" not in implementation:
             return allowed
-        return torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill(~allowed, torch.finfo(hidden.dtype).min)
+        return torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill(
+            ~allowed, torch.finfo(hidden.dtype).min
+        )
 
 
 # --- arranging a shorter sequence ---------------------------------------------------------------------------------
@@ -474,28 +497,16 @@ def _assemble(
         index[sample, pad:] = row.place
         valid[sample, pad:] = True
         visual[sample, pad:] = row.visual
-    identity = length == hidden.shape[1] and bool((index == torch.arange(length, device=hidden.device)).all())
-    if not identity:
-        hidden = hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-    changed = [row for row in rows if row.values is not None]
-    if changed:
-        hidden = hidden.clone()
-        for sample, row in enumerate(rows):
-            if row.values is not None:
-                hidden[sample, visual[sample]] = row.values.to(hidden.dtype)
+    hidden = hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+    for sample, row in enumerate(rows):
+        if row.values is not None:
+            hidden[sample, visual[sample]] = row.values.to(hidden.dtype)
     removed = current.valid.sum(1) - valid.sum(1)
     return _Segment(first, before.columns.gather(1, index), valid, visual, removed), hidden
 
 
 def _segment_of(current: _Pass, layer: int) -> _Segment:
     return [segment for segment in current.segments if segment.first <= layer][-1]
-
-
-def _unchanged(current: _Pass, segment: _Segment) -> bool:
-    """True when the segment is the whole original sequence."""
-    return segment.first == -1 and segment.columns.shape[1] == current.length and bool(
-        (segment.columns == torch.arange(current.length, device=segment.columns.device)).all()
-    )
 
 
 def _locate(inner: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:
@@ -517,7 +528,9 @@ def _cut_2d(
 ) -> torch.Tensor:
     """``[B, prefix + fresh]`` -> ``[B, L + fresh]``."""
     index = segment.columns if local is None else local
-    return torch.cat((mask[:, :prefix].gather(1, index) * segment.valid.to(mask.dtype), mask[:, prefix:]), dim=1)
+    return torch.cat(
+        (mask[:, :prefix].gather(1, index) * segment.valid.to(mask.dtype), mask[:, prefix:]), dim=1
+    )
 
 
 def _cut_columns(mask: torch.Tensor, index: torch.Tensor, valid: torch.Tensor, prefix: int) -> torch.Tensor:
@@ -527,5 +540,7 @@ def _cut_columns(mask: torch.Tensor, index: torch.Tensor, valid: torch.Tensor, p
     cut = mask[..., :prefix].gather(3, columns)
     if not bool(valid.all()):
         hidden = ~valid[:, None, None, :]
-        cut = cut & ~hidden if cut.dtype == torch.bool else cut.masked_fill(hidden, torch.finfo(cut.dtype).min)
+        cut = (
+            cut & ~hidden if cut.dtype == torch.bool else cut.masked_fill(hidden, torch.finfo(cut.dtype).min)
+        )
     return torch.cat((cut, mask[..., prefix:]), dim=3)

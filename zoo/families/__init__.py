@@ -1,0 +1,1 @@
+"""One base per family of methods: how it is applied, measured in which unit, undone."""

@@ -1,0 +1,1 @@
+"""One file per method, grouped by family; found by file name."""

@@ -155,7 +155,10 @@ class Decoder:
 
 @dataclass(frozen=True)
 class EncoderBlock:
-    """One pre-norm encoder block: ``x + scale1(attention(norm1(x)))``, then ``x + scale2(mlp(norm2(x)))``."""
+    """One pre-norm encoder block: ``x + scale1(attention(norm1(x)))``, then ``x + scale2(mlp(norm2(x)))``.
+
+    ``drop`` is the dropout or stochastic depth on both branches, if the block has one.
+    """
 
     module: nn.Module
     norm1: nn.Module
@@ -164,6 +167,7 @@ class EncoderBlock:
     norm2: nn.Module
     mlp: nn.Module
     scale2: Callable[[torch.Tensor], torch.Tensor]
+    drop: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -193,10 +197,10 @@ class Anatomy:
     encoder: Encoder | None = None
     projector: nn.Module | None = None
     vlm: nn.Module | None = None
-    """The module whose forward receives ``input_ids`` and pixels, and calls encoder, projector and decoder."""
+    """The module that receives ``input_ids`` and pixels, and calls encoder, projector and decoder."""
     image_token_id: int | None = None
     feature_layer: int | list[int] | None = None
-    """Which encoder hidden state the projector reads (as in the config: -2 is the one before the last block's output)."""
+    """Which encoder hidden states the projector reads, numbered as in the config (-2: before the last block)."""
     drops_cls: bool = False
     """True when the VLM cuts the prefix tokens off before projecting."""
 

@@ -50,7 +50,7 @@ def decoder_parts(inner: Any, head: nn.Linear | None) -> Decoder:
     )
 
 
-@architecture("llama", "mistral", "qwen2", "qwen3", "zoo_llama")
+@architecture("llama", "mistral", "qwen2", "qwen3", "zoo_llama", "zoo_mistral", "zoo_qwen2", "zoo_qwen3")
 def llama_like(model: Any) -> Anatomy:
     """Anatomy of a ``*ForCausalLM`` (or of its inner model, without a head)."""
     inner = getattr(model, "model", model)

@@ -48,6 +48,7 @@ def _block(module: Any) -> EncoderBlock:
         norm2=norm2,
         mlp=module.mlp,
         scale2=getattr(module, "layer_scale2", _identity),
+        drop=getattr(module, "drop_path", getattr(module, "dropout", None)),
     )
 
 
@@ -56,7 +57,7 @@ def _blocks_of(module: nn.Module) -> list[Any]:
     lists = [child for child in module.modules() if isinstance(child, nn.ModuleList)]
     if not lists:
         raise Refused(f"{type(module).__name__} has no stack of blocks")
-    return list(max(lists, key=len))
+    return list(max(lists, key=lambda stack: len(stack)))
 
 
 def encoder_parts(module: Any) -> Encoder:

@@ -1,0 +1,1 @@
+"""Methods that remove or merge tokens inside an encoder."""

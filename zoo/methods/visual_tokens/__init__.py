@@ -1,0 +1,1 @@
+"""Methods that shorten the visual part of a sequence."""

@@ -1,0 +1,56 @@
+"""Bytes: of weights, of caches, of what a decode step must read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoo.models.anatomy import Decoder
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Parameters, shared ones (tied embeddings) once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters, shared ones once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def cache_bytes(cache: Any) -> list[int]:
+    """Bytes of keys and values in each layer of a transformers cache, as stored (not what it could hold)."""
+    sizes = []
+    for layer in cache.layers:
+        held = [tensor for tensor in (layer.keys, layer.values) if isinstance(tensor, torch.Tensor)]
+        sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in held))
+    return sizes
+
+
+def bytes_per_decode_step(decoder: Decoder, cached: int = 0) -> int:
+    """Bytes one greedy step at batch 1 must read: every weight of the layers and the head, one embedding row, the cache.
+
+    The input embedding is a table of which one row is read; when it is tied to the head, the head reads all of it.
+
+    Args:
+        decoder: the decoder, with its head.
+        cached: bytes of the KV cache at that step.
+    """
+    body = parameter_bytes(decoder.module) - parameter_bytes(decoder.embed)
+    row = decoder.embed.embedding_dim * decoder.embed.weight.element_size()
+    head = 0 if decoder.head is None else parameter_bytes(decoder.head)
+    return body + row + head + cached
+
+
+def peak_bytes(device: torch.device, work: Callable[[], Any]) -> int | None:
+    """Most GPU memory allocated while ``work`` runs; ``None`` where the device keeps no such count (CPU)."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    torch.cuda.synchronize(device)
+    return int(torch.cuda.max_memory_allocated(device))

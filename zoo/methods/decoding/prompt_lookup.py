@@ -1,0 +1,114 @@
+"""Prompt lookup decoding: what followed the last words before will follow them again.
+
+A. Saxena, "Prompt Lookup Decoding" (2023), https://github.com/apoorvumang/prompt-lookup-decoding. The last ``n`` tokens
+are looked up earlier in prompt and output; the tokens after that place are the draft. No model drafts, so it costs
+nothing, and pays wherever the output copies from the input: summaries, editing, question answering on a text, code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from zoo.engines.decoding import Context, Draft, Drafter, Row
+from zoo.families.decoding import Decoder
+from zoo.method import register
+
+if TYPE_CHECKING:
+    from zoo.models import LoadedModel
+
+Rule = Literal["official", "transformers"]
+
+
+class NgramIndex:
+    """First place of every n-gram of a growing sequence, so that a look-up does not depend on its length.
+
+    Both rules take the leftmost match that has enough text behind it. Places further right have less, so the leftmost
+    occurrence of an n-gram decides alone.
+    """
+
+    def __init__(self, longest: int) -> None:
+        self.longest = longest
+        self.tokens: list[int] = []
+        self._first: list[dict[tuple[int, ...], int]] = [{} for _ in range(longest + 1)]
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append ``tokens``; each costs ``longest`` dictionary entries."""
+        start = len(self.tokens)
+        self.tokens.extend(tokens)
+        for n in range(1, self.longest + 1):
+            first = self._first[n]
+            for end in range(max(start, n - 1) + 1, len(self.tokens) + 1):
+                first.setdefault(tuple(self.tokens[end - n : end]), end - n)
+
+    def lookup(self, count: int, rule: Rule, eos: Collection[int] = (), max_length: int | None = None) -> list[int]:
+        """What followed an earlier occurrence of the last tokens; the longest n-gram that fits wins.
+
+        Args:
+            count: tokens to copy. ``official`` wants exactly so many, and prefers a shorter n-gram further left to a
+                match with less behind it; ``transformers`` takes what there is.
+            rule: which of the two.
+            eos: ends of sequence, before which the copy stops (``transformers`` only).
+            max_length: no token at or behind this place of the sequence is copied (``transformers`` only).
+        """
+        length = len(self.tokens)
+        # The last n tokens always match themselves, so a whole-sequence n-gram has no other place to be.
+        for n in range(min(self.longest, length - 1), 0, -1):
+            start = self._first[n][tuple(self.tokens[length - n :])] + n
+            if start >= length:
+                continue
+            end = start + count
+            if rule == "official":
+                if end > length:
+                    continue
+                return self.tokens[start:end]
+            end = min(end, length if max_length is None else min(length, max_length))
+            if start >= end:
+                continue
+            chunk = self.tokens[start:end]
+            return chunk[: next((place for place, token in enumerate(chunk) if token in eos), len(chunk))]
+        return []
+
+
+class PromptLookupDrafter(Drafter):
+    """One index per sample, made from its prompt and fed with what is committed."""
+
+    def __init__(self, max_ngram: int, draft_tokens: int, rule: Rule) -> None:
+        self.max_ngram = max_ngram
+        self.draft_tokens = draft_tokens
+        self.rule: Rule = rule
+        self.indexes: dict[int, NgramIndex] = {}
+        self.eos: frozenset[int] = frozenset()
+
+    def start(self, context: Context, rows: Sequence[Row]) -> None:
+        self.eos = context.eos
+        self.indexes = {row.index: NgramIndex(self.max_ngram) for row in rows}
+        for row in rows:
+            self.indexes[row.index].extend(row.tokens)
+
+    def propose_row(self, row: Row) -> Draft:
+        index = self.indexes[row.index]
+        index.extend(row.tokens[len(index.tokens) :])
+        return Draft(index.lookup(self.draft_tokens, self.rule, self.eos))
+
+    def stop(self) -> None:
+        self.indexes = {}
+
+
+@register("prompt-lookup")
+class PromptLookup(Decoder):
+    """Drafts by copying what followed the last tokens earlier in prompt and output."""
+
+    max_ngram: int = Field(3, ge=1, le=16, description="Longest n-gram that is looked up; shorter ones follow.")
+    draft_tokens: int = Field(10, ge=1, le=256, description="Tokens drafted per step.")
+    rule: Rule = Field(
+        "official",
+        description="Which matches count: 'official' needs all draft_tokens behind the match, 'transformers' takes a "
+        "shorter copy too and stops it before an end of sequence.",
+    )
+
+    def drafter(self, loaded: LoadedModel, **resources: Any) -> PromptLookupDrafter:
+        """A string search: it needs nothing of the model."""
+        return PromptLookupDrafter(self.max_ngram, self.draft_tokens, self.rule)

