@@ -92,6 +92,8 @@ def load_bibliography(path: Path = BIBLIOGRAPHY) -> tuple[Paper, ...]:
         if paper.arxiv is not None:
             first = seen.setdefault(paper.arxiv, number)
             if first != number:
-                raise CatalogError(f"{path.name} line {number}: arXiv {paper.arxiv} is already on line {first}")
+                raise CatalogError(
+                    f"{path.name} line {number}: arXiv {paper.arxiv} is already on line {first}"
+                )
         papers.append(paper)
     return tuple(papers)

@@ -143,7 +143,10 @@ class Sources:
 
     def _parts(self) -> Iterator[Any]:
         yield [files.REVISION, FACET_WEIGHTS]
-        yield [[asdict(term) for term in facet.terms] + [facet.id, facet.label, facet.view] for facet in FACETS.values()]
+        yield [
+            [asdict(term) for term in facet.terms] + [facet.id, facet.label, facet.view]
+            for facet in FACETS.values()
+        ]
         yield [asdict(prop) for prop in PROPERTIES.values()]
         for slug in sorted(self.cards):
             yield self.cards[slug].model_dump(mode="json")
@@ -179,12 +182,14 @@ _VERIFICATION_MORE = {"model": str, "version": str, "detail": str}
 def _verified(row: dict[str, Any], where: str) -> dict[str, Any]:
     for name, kind in _VERIFICATION.items():
         if not isinstance(row.get(name), kind):
-            raise CatalogError(f"{where}: '{name}' must be a {'text' if kind is str else 'yes or no (true, false)'}")
+            raise CatalogError(
+                f"{where}: '{name}' must be a {'text' if kind is str else 'yes or no (true, false)'}"
+            )
     unknown = sorted(row.keys() - _VERIFICATION.keys() - _VERIFICATION_MORE.keys())
     if unknown:
         raise CatalogError(f"{where}: unknown field '{unknown[0]}'")
-    if row["kind"] not in ("golden", "contract"):
-        raise CatalogError(f"{where}: 'kind' must be golden or contract")
+    if row["kind"] not in ("golden", "property", "facet"):
+        raise CatalogError(f"{where}: 'kind' must be golden, property or facet")
     return row
 
 
@@ -196,7 +201,8 @@ def parameters_of(cls: type[BaseModel]) -> tuple[Parameter, ...]:
     class Lenient(GenerateJsonSchema):
         """A field that has no JSON schema (a tensor, a callable) is shown without one."""
 
-        ignored_warning_kinds = {"skipped-choice", "non-serializable-default"}
+        def emit_warning(self, kind: Any, detail: str) -> None:
+            """A default that JSON cannot hold is left out; that needs no warning."""
 
         def handle_invalid_for_json_schema(
             self, schema: core_schema.CoreSchema, error_info: str
@@ -238,7 +244,9 @@ def _readable(shape: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     for key in ("anyOf", "oneOf"):
         if key in shape:
             return " | ".join(dict.fromkeys(_readable(option, definitions) for option in shape[key]))
-    kind = {"null": "none", "string": "text", "boolean": "yes or no"}.get(shape.get("type", ""), shape.get("type", "any"))
+    kind = {"null": "none", "string": "text", "boolean": "yes or no"}.get(
+        shape.get("type", ""), shape.get("type", "any")
+    )
     if kind == "array":
         return f"list of {_readable(shape.get('items', {}), definitions)}"
     bounds = [f"{sign} {shape[key]:g}" for key, sign in _BOUNDS.items() if key in shape]
@@ -316,9 +324,17 @@ def built_bytes(sources: Sources) -> bytes:
 
 def _fill(connection: Connection, sources: Sources) -> None:
     cards = [sources.cards[slug] for slug in sorted(sources.cards)]
-    _insert(connection, schema.meta, [{"key": "kind", "value": "built"}, {"key": "sources", "value": sources.digest()}])
+    _insert(
+        connection,
+        schema.meta,
+        [{"key": "kind", "value": "built"}, {"key": "sources", "value": sources.digest()}],
+    )
     _fill_vocabulary(connection)
-    _insert(connection, schema.method, [_method_row(number, card, sources) for number, card in enumerate(cards, 1)])
+    _insert(
+        connection,
+        schema.method,
+        [_method_row(number, card, sources) for number, card in enumerate(cards, 1)],
+    )
     _fill_details(connection, cards)
     _fill_parameters(connection, sources)
     _fill_papers(connection, sources, cards)
@@ -339,7 +355,9 @@ def _insert(connection: Connection, table: sa.Table, rows: Sequence[Mapping[str,
         try:
             connection.execute(table.insert(), list(rows))
         except sa.exc.IntegrityError as error:
-            raise CatalogError(f"the sources contradict each other in table {table.name}: {error.orig}") from None
+            raise CatalogError(
+                f"the sources contradict each other in table {table.name}: {error.orig}"
+            ) from None
 
 
 def _fill_vocabulary(connection: Connection) -> None:
@@ -356,17 +374,37 @@ def _fill_vocabulary(connection: Connection) -> None:
     ]
     _insert(connection, schema.facet, facets)
     for facet in FACETS.values():  # parents stand before their children in the vocabulary
-        rows = [{**asdict(term), "facet": facet.id, "position": place} for place, term in enumerate(facet.terms)]
+        rows = [
+            {**asdict(term), "facet": facet.id, "position": place} for place, term in enumerate(facet.terms)
+        ]
         _insert(connection, schema.term, rows)
     properties = [
-        {"id": prop.id, "label": prop.label, "statement": prop.statement, "contract": prop.check, "position": place}
+        {
+            "id": prop.id,
+            "label": prop.label,
+            "statement": prop.statement,
+            "contract": prop.check,
+            "position": place,
+        }
         for place, prop in enumerate(PROPERTIES.values())
     ]
     _insert(connection, schema.property_, properties)
 
 
 def _method_row(number: int, card: Card, sources: Sources) -> dict[str, Any]:
-    plain = ("slug", "name", "title", "kind", "summary", "year", "venue", "code", "code_license", "bibtex", "family")
+    plain = (
+        "slug",
+        "name",
+        "title",
+        "kind",
+        "summary",
+        "year",
+        "venue",
+        "code",
+        "code_license",
+        "bibtex",
+        "family",
+    )
     weight = sum(FACET_WEIGHTS.get(name, 1.0) * len(terms) for name, terms in card.facets.items())
     return {
         "id": number,
@@ -442,7 +480,12 @@ def _fill_details(connection: Connection, cards: Sequence[Card]) -> None:
 
 def _fill_parameters(connection: Connection, sources: Sources) -> None:
     rows = [
-        {**asdict(parameter), "method": slug, "position": position}
+        {
+            **asdict(parameter),
+            "default": None if parameter.required else canonical_json(parameter.default),
+            "method": slug,
+            "position": position,
+        }
         for slug, parameters in sorted((sources.parameters or {}).items())
         if slug in sources.cards
         for position, parameter in enumerate(parameters)
@@ -456,7 +499,10 @@ def _fill_papers(connection: Connection, sources: Sources, cards: Sequence[Card]
     _insert(
         connection,
         schema.paper,
-        [{"id": number, **{name: getattr(paper, name) for name in own}} for number, paper in enumerate(papers, 1)],
+        [
+            {"id": number, **{name: getattr(paper, name) for name in own}}
+            for number, paper in enumerate(papers, 1)
+        ],
     )
     labelled = (
         (schema.topic, schema.paper_topic, [paper.topics for paper in papers]),
@@ -465,7 +511,9 @@ def _fill_papers(connection: Connection, sources: Sources, cards: Sequence[Card]
     for names, link, lists in labelled:
         ids = {name: number for number, name in enumerate(sorted({name for row in lists for name in row}), 1)}
         _insert(connection, names, [{"id": number, "name": name} for name, number in ids.items()])
-        pairs = [(paper, number) for paper, row in enumerate(lists, 1) for number in sorted(ids[n] for n in row)]
+        pairs = [
+            (paper, number) for paper, row in enumerate(lists, 1) for number in sorted(ids[n] for n in row)
+        ]
         _insert(connection, link, [{"paper": paper, names.name: number} for paper, number in pairs])
     # A paper belongs to a card when the bibliography says so, or when both name the same arXiv id.
     by_arxiv: dict[str, list[str]] = {}
@@ -478,7 +526,9 @@ def _fill_papers(connection: Connection, sources: Sources, cards: Sequence[Card]
         for slug in (*paper.cards, *by_arxiv.get(paper.arxiv or "", ()))
         if slug in sources.cards
     }
-    _insert(connection, schema.method_paper, [{"method": slug, "paper": number} for slug, number in sorted(links)])
+    _insert(
+        connection, schema.method_paper, [{"method": slug, "paper": number} for slug, number in sorted(links)]
+    )
 
 
 # --- checking -------------------------------------------------------------------------------------------------
@@ -534,9 +584,11 @@ def _differences(committed: sqlite3.Connection, expected: sqlite3.Connection) ->
         if table.name in changed:
             continue
         keys = [column.name for column in table.primary_key] if table.name != "method" else ["slug"]
-        columns = keys + [column.name for column in table.columns if column.name not in keys and column.name != "id"]
+        columns = keys + [
+            column.name for column in table.columns if column.name not in keys and column.name != "id"
+        ]
         chosen = ", ".join(f'"{name}"' for name in columns)
-        query = f'SELECT {chosen} FROM {{}}"{table.name}"'  # noqa: S608 - names from our own schema
+        query = f'SELECT {chosen} FROM {{}}"{table.name}"'
         before = {tuple(row[: len(keys)]): tuple(row) for row in committed.execute(query.format(""))}
         after = {tuple(row[: len(keys)]): tuple(row) for row in expected.execute(query.format("built."))}
         yield from _phrases(table.name, before, after)

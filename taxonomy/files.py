@@ -81,7 +81,9 @@ def plain_errors(place: str) -> Iterator[None]:
 
 def busy(place: str) -> CatalogError:
     """Another process holds the write lock."""
-    return CatalogError(f"{place} is busy: another program has been writing for {BUSY_SECONDS:.0f} s; try again")
+    return CatalogError(
+        f"{place} is busy: another program has been writing for {BUSY_SECONDS:.0f} s; try again"
+    )
 
 
 def foreign(place: str) -> CatalogError:

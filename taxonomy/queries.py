@@ -73,7 +73,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Check:
-    """A golden case or an executed property. ``model`` is empty for golden cases."""
+    """A golden case, or an executed property or facet (``kind``). ``model`` is empty for golden cases."""
 
     kind: str
     subject: str
@@ -307,7 +307,9 @@ def find_term(facet: Facet, name: str) -> str:
     for term in facet.terms:
         if wanted in (term.id, term.label.lower()):
             return term.id
-    raise QueryError(f"{facet.id} has no term '{name}'; {_nearest(wanted, [term.id for term in facet.terms])}")
+    raise QueryError(
+        f"{facet.id} has no term '{name}'; {_nearest(wanted, [term.id for term in facet.terms])}"
+    )
 
 
 def parse_years(text: str) -> Years:
@@ -318,7 +320,9 @@ def parse_years(text: str) -> Years:
     """
     match = re.fullmatch(r"\s*(\d{4})?\s*(\.\.)?\s*(\d{4})?\s*", text)
     if not match or not (match[1] or match[3]) or (match[1] and match[3] and not match[2]):
-        raise QueryError(f"'{text}' is not a year or a range of years; write 2024, 2023..2025, 2024.. or ..2022")
+        raise QueryError(
+            f"'{text}' is not a year or a range of years; write 2024, 2023..2025, 2024.. or ..2022"
+        )
     first, last = (int(year) if year else None for year in (match[1], match[3]))
     if not match[2]:
         return first, first
@@ -525,7 +529,7 @@ def search(db: sqlite3.Connection, words: str, limit: int = 20) -> list[MethodRo
 def _methods(db: sqlite3.Connection, tail: str, values: Sequence[Any]) -> list[MethodRow]:
     """Rows of ``method m`` chosen by ``tail``, with their facets and properties."""
     columns = "m.slug, m.name, m.year, m.kind, m.family, m.implemented, m.summary"
-    rows = db.execute(f"SELECT {columns} FROM method m{tail}", values).fetchall()  # noqa: S608 - no user text
+    rows = db.execute(f"SELECT {columns} FROM method m{tail}", values).fetchall()
     slugs = [row[0] for row in rows]
     facets, properties = _facets(db, slugs), _properties(db, slugs)
     return [
@@ -546,7 +550,7 @@ def _methods(db: sqlite3.Connection, tail: str, values: Sequence[Any]) -> list[M
 
 def _of(db: sqlite3.Connection, columns: str, table: str, slugs: Sequence[str], order: str) -> Iterable[Any]:
     """Rows of ``table`` for these methods: looked up one by one when they are few, else read in one sweep."""
-    query = f"SELECT {columns} FROM {table}"  # noqa: S608 - no user text
+    query = f"SELECT {columns} FROM {table}"
     if len(slugs) <= 300:
         return db.execute(f"{query} WHERE method IN ({_marks(slugs)}) ORDER BY {order}", slugs)
     wanted = set(slugs)
@@ -555,7 +559,9 @@ def _of(db: sqlite3.Connection, columns: str, table: str, slugs: Sequence[str], 
 
 def _facets(db: sqlite3.Connection, slugs: Sequence[str]) -> dict[str, dict[str, tuple[str, ...]]]:
     found: dict[str, dict[str, list[tuple[int, str]]]] = {slug: {} for slug in slugs}
-    for slug, facet, term, position in _of(db, "method, facet, term, position", "method_term", slugs, "method"):
+    for slug, facet, term, position in _of(
+        db, "method, facet, term, position", "method_term", slugs, "method"
+    ):
         found[slug].setdefault(facet, []).append((position, term))
     return {
         slug: {name: tuple(term for _, term in sorted(terms[name])) for name in FACETS if name in terms}
@@ -567,7 +573,9 @@ def _properties(db: sqlite3.Connection, slugs: Sequence[str]) -> dict[str, dict[
     found: dict[str, dict[str, bool]] = {slug: {} for slug in slugs}
     for slug, prop, value in _of(db, "method, property, value", "method_property", slugs, "method"):
         found[slug][prop] = bool(value)
-    return {slug: {name: values[name] for name in PROPERTIES if name in values} for slug, values in found.items()}
+    return {
+        slug: {name: values[name] for name in PROPERTIES if name in values} for slug, values in found.items()
+    }
 
 
 def _property(name: str) -> str:
@@ -591,10 +599,23 @@ def show(db: sqlite3.Connection, name: str) -> MethodPage:
     slug = resolve(db, name)
     cursor = db.execute("SELECT * FROM method WHERE slug = ?", (slug,))
     row = dict(zip((column[0] for column in cursor.description), cursor.fetchone(), strict=True))
-    lists = {key: tuple(json.loads(row[key])) for key in ("authors", "arxiv", "shown_on")}
-    plain = ("name", "title", "kind", "summary", "year", "venue", "family", "code", "code_license", "code_commit")
+    lists: dict[str, Any] = {key: tuple(json.loads(row[key])) for key in ("authors", "arxiv", "shown_on")}
+    plain = (
+        "name",
+        "title",
+        "kind",
+        "summary",
+        "year",
+        "venue",
+        "family",
+        "code",
+        "code_license",
+        "code_commit",
+    )
     notes: dict[str, list[str]] = {"note": [], "paper_vs_code": [], "deviation": [], "reconstructed": []}
-    for kind, text in db.execute("SELECT kind, text FROM note WHERE method = ? ORDER BY kind, position", (slug,)):
+    for kind, text in db.execute(
+        "SELECT kind, text FROM note WHERE method = ? ORDER BY kind, position", (slug,)
+    ):
         notes[kind].append(text)
     related = db.execute("SELECT other FROM related WHERE method = ? ORDER BY position", (slug,))
     return MethodPage(
@@ -612,16 +633,16 @@ def show(db: sqlite3.Connection, name: str) -> MethodPage:
         notes={kind: tuple(texts) for kind, texts in notes.items()},
         related=tuple(other for (other,) in related),
         similar=tuple(similar(db, slug)),
-        papers=tuple(_papers(db, "JOIN method_paper l ON l.paper = p.id WHERE l.method = ? ORDER BY p.id", [slug])),
+        papers=tuple(
+            _papers(db, "JOIN method_paper l ON l.paper = p.id WHERE l.method = ? ORDER BY p.id", [slug])
+        ),
         **lists,
         **{name: row[name] for name in plain},
     )
 
 
 def _parameters(db: sqlite3.Connection, slug: str) -> tuple[Parameter, ...]:
-    query = (
-        'SELECT name, type, "default", required, description FROM parameter WHERE method = ? ORDER BY position'
-    )
+    query = 'SELECT name, type, "default", required, description FROM parameter WHERE method = ? ORDER BY position'
     return tuple(
         Parameter(name, kind, None if default is None else json.loads(default), bool(required), description)
         for name, kind, default, required, description in db.execute(query, (slug,))
@@ -630,7 +651,7 @@ def _parameters(db: sqlite3.Connection, slug: str) -> tuple[Parameter, ...]:
 
 def _claims(db: sqlite3.Connection, slug: str, *, verified: bool) -> tuple[Claim, ...]:
     columns = ", ".join(field.name for field in fields(Claim))
-    query = f"SELECT {columns} FROM claim WHERE method = ? AND verified = ? ORDER BY position"  # noqa: S608
+    query = f"SELECT {columns} FROM claim WHERE method = ? AND verified = ? ORDER BY position"
     return tuple(Claim(*row) for row in db.execute(query, (slug, int(verified))))
 
 
@@ -655,7 +676,7 @@ def measurements(
     if quantity:
         wanted.add("x.quantity = ?", quantity)
     query = (
-        "SELECT r.method, o.ref, e.hardware, r.started, x.task, x.quantity, x.unit, x.arm, x.median, x.spread, x.n"  # noqa: S608
+        "SELECT r.method, o.ref, e.hardware, r.started, x.task, x.quantity, x.unit, x.arm, x.median, x.spread, x.n"
         " FROM run_method s JOIN run r ON r.id = s.run JOIN measurement x ON x.run = r.id"
         " JOIN model o ON o.id = r.model JOIN environment e ON e.id = r.environment"
         f"{wanted.where} ORDER BY r.started DESC, r.key, x.task, x.quantity, x.arm LIMIT ?"
@@ -680,7 +701,7 @@ def similar(db: sqlite3.Connection, slug: str, most: int = 5) -> list[Similar]:
         SELECT m.slug, m.name, m.implemented, s.shared / (m.term_weight + o.term_weight - s.shared) AS score
         FROM ({query}) s JOIN method m ON m.slug = s.slug JOIN method o ON o.slug = :slug
         ORDER BY score DESC, m.slug LIMIT :most
-    """  # noqa: S608 - no user text
+    """
     return [
         Similar(other, name, round(score, 4), bool(implemented))
         for other, name, implemented, score in db.execute(ranked, {"slug": slug, "most": most})
@@ -716,7 +737,9 @@ def compare(db: sqlite3.Connection, names: Sequence[str]) -> Comparison:
         words = {True: "yes", False: "no", None: ""}
         add("properties", prop.label, (words[page.properties.get(prop.id)] for page in pages))
     for name in dict.fromkeys(parameter.name for page in pages for parameter in page.parameters):
-        defaults = ({parameter.name: default_text(parameter) for parameter in page.parameters} for page in pages)
+        defaults = (
+            {parameter.name: default_text(parameter) for parameter in page.parameters} for page in pages
+        )
         add("parameters", name, (known.get(name, "") for known in defaults))
     return Comparison(pages, tuple(rows))
 
@@ -775,7 +798,7 @@ def papers(
         values.append(expression)
     for name, table in ((topic, "topic"), (source, "source")):
         if name is not None:
-            known = [row[0] for row in db.execute(f"SELECT name FROM {table} ORDER BY id")]  # noqa: S608
+            known = [row[0] for row in db.execute(f"SELECT name FROM {table} ORDER BY id")]
             if name not in known:
                 raise QueryError(f"there is no {table} '{name}'; {_nearest(name, known)}")
             wanted.add(
@@ -792,7 +815,7 @@ def papers(
 
 
 def _papers(db: sqlite3.Connection, tail: str, values: Sequence[Any]) -> list[PaperRow]:
-    chosen = f"SELECT p.* FROM paper p {tail}"  # noqa: S608 - no user text
+    chosen = f"SELECT p.* FROM paper p {tail}"
     rows = db.execute(chosen, values).fetchall()
     ids = [row[0] for row in rows]
     topics: dict[int, list[str]] = {number: [] for number in ids}
@@ -800,16 +823,45 @@ def _papers(db: sqlite3.Connection, tail: str, values: Sequence[Any]) -> list[Pa
     for start in range(0, len(ids), 500):  # SQLite limits the number of bound values
         part = ids[start : start + 500]
         query = f"""SELECT t.paper, o.name FROM paper_topic t JOIN topic o ON o.id = t.topic
-            WHERE t.paper IN ({_marks(part)}) ORDER BY o.id"""  # noqa: S608
+            WHERE t.paper IN ({_marks(part)}) ORDER BY o.id"""
         for number, topic in db.execute(query, part):
             topics[number].append(topic)
-        query = f"SELECT paper, method FROM method_paper WHERE paper IN ({_marks(part)}) ORDER BY method"  # noqa: S608
+        query = f"SELECT paper, method FROM method_paper WHERE paper IN ({_marks(part)}) ORDER BY method"
         for number, card in db.execute(query, part):
             cards[number].append(card)
     return [
         PaperRow(title, arxiv, doi, url, venue, year, code, tuple(topics[number]), tuple(cards[number]))
         for number, title, arxiv, doi, url, venue, year, code in rows
     ]
+
+
+_BIBTEX_SPECIAL = {
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+}
+_BIBTEX_SPECIAL["\\"] = r"\textbackslash{}"
+
+
+def paper_bibtex(paper: PaperRow) -> str:
+    """A BibTeX entry of what is known about a paper; the key is its arXiv id, else words of its title."""
+    words = re.findall(r"[a-z0-9]+", paper.title.lower())
+    key = (
+        f"arxiv{paper.arxiv.replace('.', '')}" if paper.arxiv else "".join(words)[:40] + str(paper.year or "")
+    )
+    rows = [("title", "{" + "".join(_BIBTEX_SPECIAL.get(letter, letter) for letter in paper.title) + "}")]
+    if paper.year:
+        rows.append(("year", str(paper.year)))
+    if paper.arxiv:
+        rows += [("eprint", paper.arxiv), ("archivePrefix", "arXiv")]
+    if paper.venue and paper.venue != "arXiv":
+        rows.append(("note", paper.venue))
+    if paper.doi:
+        rows.append(("doi", paper.doi))
+    if paper.url:
+        rows.append(("url", paper.url))
+    body = ",\n".join(f"  {name} = {{{value}}}" for name, value in rows)
+    return f"@misc{{{key},\n{body}\n}}"
 
 
 def topics(db: sqlite3.Connection) -> list[TopicGap]:
@@ -848,7 +900,7 @@ def tree(db: sqlite3.Connection, view: str = "core", facet: str | None = None) -
         QueryError: unknown view or facet.
     """
     chosen = [find_facet(facet)] if facet else [f for f in FACETS.values() if f.view == find_view(view)]
-    used = _used(db, ACTING + ("benchmark", "survey", "analysis"))
+    used = _used(db, KINDS)
     implemented = _implemented(db)
 
     def node(facet: Facet, term_id: str) -> Node:
@@ -880,7 +932,7 @@ def tree(db: sqlite3.Connection, view: str = "core", facet: str | None = None) -
 def _used(db: sqlite3.Connection, kinds: Sequence[str]) -> dict[tuple[str, str], list[str]]:
     """Slugs of the cards of these kinds, by (facet, term)."""
     query = f"""SELECT t.facet, t.term, t.method FROM method_term t JOIN method m ON m.slug = t.method
-        WHERE m.kind IN ({_marks(kinds)}) ORDER BY t.method"""  # noqa: S608
+        WHERE m.kind IN ({_marks(kinds)}) ORDER BY t.method"""
     found: dict[tuple[str, str], list[str]] = {}
     for facet, term, slug in db.execute(query, kinds):
         found.setdefault((facet, term), []).append(slug)
@@ -913,7 +965,14 @@ def matrix(db: sqlite3.Connection, rows: str = "where", columns: str = "signal")
             both = [slug for slug in in_column if slug in in_row]
             expected = len(in_row) * len(in_column) / total
             cells.append(
-                Cell(row, column, len(both), len(implemented.intersection(both)), round(expected, 3), tuple(both))
+                Cell(
+                    row,
+                    column,
+                    len(both),
+                    len(implemented.intersection(both)),
+                    round(expected, 3),
+                    tuple(both),
+                )
             )
     return Matrix(down.id, across.id, tuple(row_terms), tuple(column_terms), tuple(cells))
 

@@ -164,7 +164,9 @@ def check_run(run: Run, where: str = "run") -> None:
         if row.n < 1:
             raise refuse(f"{row.quantity} ({row.arm}) has n = {row.n}; at least one repeat is needed")
         if place in seen:
-            raise refuse(f"{row.quantity} ({row.arm}) is measured twice{' on ' + row.task if row.task else ''}")
+            raise refuse(
+                f"{row.quantity} ({row.arm}) is measured twice{' on ' + row.task if row.task else ''}"
+            )
         seen.add(place)
     try:
         canonical_json(run.to_json())
@@ -268,7 +270,9 @@ def _engine(place: str) -> Engine:
         except (SQLAlchemyError, ImportError, ValueError) as error:
             raise CatalogError(f"{paths.SETTING}: {first_line(error)}") from None
         if engine.dialect.name not in ("sqlite", "postgresql"):
-            raise CatalogError(f"{paths.SETTING}: {engine.dialect.name} is not supported; use SQLite or PostgreSQL")
+            raise CatalogError(
+                f"{paths.SETTING}: {engine.dialect.name} is not supported; use SQLite or PostgreSQL"
+            )
         if engine.dialect.name == "postgresql":
             return engine
         place = engine.url.database or ""

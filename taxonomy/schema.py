@@ -7,8 +7,8 @@ methods by slug without a foreign key, so rebuilding or upgrading the built half
 Natural keys (slugs, facet and term ids, digests) link the tables, so ``zoo catalog sql`` reads without look-ups;
 integers serve only where full-text search needs a row id or where a million rows must stay small.
 
-Changing a table means a new revision in ``taxonomy/migrations/versions`` and a new ``REVISION`` in ``taxonomy.files``; views hold no
-data and are simply made anew.
+Changing a table means a new revision in ``taxonomy/migrations/versions`` and a new ``REVISION`` in
+``taxonomy.files``; views hold no data and are simply made anew.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ facet = Table(
     Column("question", Text, nullable=False),
     Column("view", String, nullable=False, comment="core, or the slug of the survey whose tree it repeats"),
     Column("position", Integer, nullable=False),
-    Column("weight", Float, nullable=False, comment="how much a shared term counts for the likeness of methods"),
+    Column(
+        "weight", Float, nullable=False, comment="how much a shared term counts for the likeness of methods"
+    ),
 )
 
 term = Table(
@@ -125,7 +127,9 @@ method = Table(
     Column("bibtex", Text, nullable=False),
     Column("family", String, nullable=False, comment="the main (first) family"),
     _yes_no("implemented"),
-    Column("basis", String, nullable=False, comment="best source read: official-code, paper-text, abstract-only"),
+    Column(
+        "basis", String, nullable=False, comment="best source read: official-code, paper-text, abstract-only"
+    ),
     Column("code_commit", String, comment="commit or release of the official code that was read"),
     Column("term_weight", Float, nullable=False, comment="sum of the facet weights of all its terms"),
     CheckConstraint("basis IN ('official-code', 'paper-text', 'abstract-only')", name="basis"),
@@ -163,7 +167,7 @@ parameter = Table(
     Column("name", String, primary_key=True),
     Column("position", Integer, nullable=False),
     Column("type", String, nullable=False, comment="readable: 'number > 0, <= 1'"),
-    Column("default", JSON(none_as_null=True), comment="absent when required"),
+    Column("default", Text, comment="JSON; absent when required"),
     _yes_no("required"),
     Column("description", Text, nullable=False),
     Column("schema", JSON, nullable=False, comment="JSON schema of the field"),
@@ -222,10 +226,10 @@ verification = Table(
     Column(
         "kind",
         String,
-        CheckConstraint("kind IN ('golden', 'contract')", name="kind"),
+        CheckConstraint("kind IN ('golden', 'property', 'facet')", name="kind"),
         primary_key=True,
     ),
-    Column("subject", String, primary_key=True, comment="a property, or the name of a golden case"),
+    Column("subject", String, primary_key=True, comment="a property, a facet or the name of a golden case"),
     Column("model", String, primary_key=True, comment="model it was checked on; empty for golden cases"),
     _yes_no("passed"),
     Column("version", String, comment="version of the zoo that was checked"),
@@ -296,7 +300,9 @@ model = Table(
     metadata,
     Column("id", Integer, primary_key=True),
     Column("ref", String, nullable=False),
-    Column("revision", String, nullable=False, server_default="", comment="commit or digest; empty when unknown"),
+    Column(
+        "revision", String, nullable=False, server_default="", comment="commit or digest; empty when unknown"
+    ),
     Column("facts", JSON, nullable=False, comment="parameters, architecture ..."),
     UniqueConstraint("ref", "revision"),
 )
@@ -314,10 +320,14 @@ run = Table(
     "run",
     metadata,
     Column("id", Integer, primary_key=True),
-    Column("key", String, nullable=False, unique=True, comment="unique everywhere: merging catalogues is safe"),
+    Column(
+        "key", String, nullable=False, unique=True, comment="unique everywhere: merging catalogues is safe"
+    ),
     Column("method", String, nullable=False, comment="the method, or a stack: a+b"),
     Column("parameters", JSON, nullable=False),
-    Column("config", String, nullable=False, comment="digest of method, parameters, model, inputs, seed, dtype"),
+    Column(
+        "config", String, nullable=False, comment="digest of method, parameters, model, inputs, seed, dtype"
+    ),
     Column("model", Integer, ForeignKey("model.id"), nullable=False),
     Column("environment", Integer, ForeignKey("environment.id"), nullable=False),
     Column("started", String, nullable=False, comment="UTC, ISO 8601"),
@@ -361,7 +371,9 @@ measurement = Table(
     ),
     Column("unit", String, nullable=False),
     Column("median", Float, nullable=False),
-    Column("spread", Float, comment="half the distance between the quartiles unless the protocol says otherwise"),
+    Column(
+        "spread", Float, comment="half the distance between the quartiles unless the protocol says otherwise"
+    ),
     Column("n", Integer, CheckConstraint("n >= 1", name="n"), nullable=False),
     sqlite_with_rowid=False,
 )
@@ -397,7 +409,9 @@ def _view_definitions(dialect: str) -> dict[str, str]:
         for name in PROPERTIES
     ]
     topics = _joined(
-        dialect, "o.name", "FROM paper_topic t JOIN topic o ON o.id = t.topic WHERE t.paper = p.id ORDER BY o.id"
+        dialect,
+        "o.name",
+        "FROM paper_topic t JOIN topic o ON o.id = t.topic WHERE t.paper = p.id ORDER BY o.id",
     )
     cards = _joined(dialect, "c.method", "FROM method_paper c WHERE c.paper = p.id ORDER BY c.method")
     own = ["slug", "name", "title", "kind", "year", "venue", "implemented", "code", "code_license", "basis"]
@@ -435,7 +449,10 @@ def create_views(connection: Connection) -> None:
         connection.exec_driver_sql(f"DROP VIEW IF EXISTS {name}")
         connection.exec_driver_sql(f"CREATE VIEW {name} AS {body}")
     if dialect == "sqlite":
-        for name, columns in (("method", "slug, name, title, summary, keywords"), ("paper", "title, venue, topics")):
+        for name, columns in (
+            ("method", "slug, name, title, summary, keywords"),
+            ("paper", "title, venue, topics"),
+        ):
             connection.exec_driver_sql(
                 f"CREATE VIRTUAL TABLE IF NOT EXISTS {name}_fts USING fts5({columns}, content='v_{name}_text',"
                 " content_rowid='id', tokenize='porter unicode61 remove_diacritics 2')"

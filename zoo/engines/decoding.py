@@ -12,7 +12,6 @@ to time.
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -37,7 +36,7 @@ class Draft:
         tokens: ``n`` token ids.
         parents: ``[n]``, see ``zoo.engines.trees``; ``None`` is a chain.
         laws: full distributions ``[n, V]`` (float32, on the model's device) from which the tokens were drawn, after
-            ``Context.law``; siblings carry the law of the first of them. ``None`` = the tokens were not drawn but
+            ``Context.scores``; siblings carry the law of the first of them. ``None`` = the tokens were not drawn but
             chosen, and the one-hot rule applies. Only looked at when sampling.
         replacement: ``False`` when siblings were drawn without replacement.
         seen: bool ``[n + 1, n + 1]`` in place of the ancestors (row 0 the root), for drafts that are not only a tree.
@@ -144,17 +143,16 @@ class Context:
     starts: tuple[int, ...]
 
     def scores(self, row: Row, drafted: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
-        """A drafter's ``logits [V]`` after ``row.tokens + drafted``, through the target's processors: float32 ``[V]``."""
+        """A drafter's ``logits [V]`` after ``row.tokens + drafted``, through the target's processors.
+
+        Returns float32 ``[V]``; its softmax is the law to draw a draft token from.
+        """
         if self.warper.plain:
             return logits.float()
         return self.warper.after(row.index, self.starts[row.index] + row.generated, drafted, logits)
 
-    def law(self, row: Row, drafted: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
-        """The distribution ``[V]`` to draw a draft token from, the warping being the target's own."""
-        return self.scores(row, drafted, logits).softmax(-1)
 
-
-class Drafter(ABC):
+class Drafter:
     """Proposes tokens. All methods have a default, so a drafter writes only what it uses.
 
     A drafter lives as long as its method is applied; ``start`` begins a new ``generate``. Batches: either write
@@ -162,7 +160,7 @@ class Drafter(ABC):
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
-    """What ``observe`` wants to see of the target's forward passes."""
+    """What ``observe`` wants to see of the target's forward passes: logits of drafts, of the prompt, hidden states."""
     tree: ClassVar[bool] = False
     """Whether drafts may be anything else than chains."""
 
@@ -189,7 +187,7 @@ class Drafter(ABC):
 
 @dataclass(frozen=True)
 class Step:
-    """Tokens committed to one sample at once; the first ``accepted`` of them came from the draft of ``drafted`` nodes."""
+    """Tokens committed to one sample at once; the first ``accepted`` came from its draft of ``drafted`` nodes."""
 
     row: int
     tokens: tuple[int, ...]
@@ -198,7 +196,7 @@ class Step:
 
 
 class _Columns:
-    """Which cache columns behind the prompt count for which sample; ``None`` stands for "all" while nothing is masked."""
+    """Which cache columns count for which sample (an attention mask that grows and is squeezed)."""
 
     def __init__(self, prompt: torch.Tensor) -> None:
         self.mask = prompt.to(torch.long)
@@ -215,17 +213,14 @@ class _Columns:
 
     def commit(self, kept: int, lengths: list[int]) -> None:
         """The first ``kept`` fresh columns stay; sample ``b`` uses the first ``lengths[b]`` of them."""
-        fresh = self.mask[:, self.used : self.used + kept]
+        fresh = self.view(kept)[:, self.used :]
         if any(length < kept for length in lengths):
             place = torch.arange(kept, device=fresh.device)
             fresh.copy_(place < torch.tensor(lengths, device=fresh.device).unsqueeze(1))
         self.used += kept
 
     def squeeze(self, cache: Any, most: int) -> None:
-        """Move each sample's columns together once more than half of them, and at least 64, serve nobody.
-
-        ``most``: generated columns of the longest sample still running.
-        """
+        """Move each sample's columns together once they are far more than the ``most`` that any sample needs."""
         width = self.used - self.prompt
         if width < 2 * most + 64:
             return
@@ -265,10 +260,6 @@ class Speculation:
         self.synchronise = synchronise
         self.stats = DecodingStats()
         self.trace: list[Step] = []
-
-    @property
-    def __name__(self) -> str:
-        return type(self).__name__
 
     def __call__(
         self,
@@ -328,7 +319,7 @@ class Speculation:
                 f"{self.name} decodes greedily or by sampling, one token sequence per sample; {what}"
             )
 
-        if config.num_beams > 1:
+        if (config.num_beams or 1) > 1:
             raise say("set num_beams=1")
         if str(getattr(config.get_generation_mode(), "value", "")) not in ("greedy_search", "sample"):
             raise say(f"leave out what asks for {config.get_generation_mode().value}")
@@ -481,10 +472,13 @@ class _Run:
         self.cache.activate_past_recording()
         self.stats.prefill_seconds += self._clock() - middle
 
-        last = outputs.logits[:, -1:]
+        seen = []
         for row in self.rows:
-            self._commit(row, Draft(), [], self._choose(row, Draft(), last[row.index])[1])
-        self._observe(outputs, [Draft()] * len(self.rows), [[] for _ in self.rows], prefill=True)
+            prompt = list(row.tokens)
+            _, token = self._choose(row, Draft(), outputs.logits[row.index, -1:])
+            self._commit(row, Draft(), [], token)
+            seen.append((row, Verified(prompt, [], row.tokens[row.prompt :], prefill=True)))
+        self._show(outputs, seen)
 
     def step(self) -> None:
         """Draft, verify in one forward pass, commit."""
@@ -494,26 +488,26 @@ class _Run:
         self.stats.draft_seconds += middle - start
         width = 1 + max(len(draft.tokens) for draft in drafts)
         outputs = self.model(**self._inputs(drafts, width), return_dict=True)
+        choices = self._greedy_choices(outputs.logits)
         self.stats.verify_seconds += self._clock() - middle
 
-        paths: list[list[int]] = []
-        before = len(self.owner.trace)
-        live = [row for row in self.rows if not row.done]
-        choices = self._greedy_choices(outputs.logits)
+        seen: list[tuple[Row, Verified]] = []
+        drafted = accepted = 0
         for row, draft in zip(self.rows, drafts, strict=True):
             if row.done:
-                paths.append([])
                 continue
-            logits = outputs.logits[row.index]
-            path, token = self._choose(row, draft, logits, None if choices is None else choices[row.index])
-            paths.append(self._commit(row, draft, path, token))
-        steps = self.owner.trace[before:]
-        self._crop(drafts, paths, width, {item.row: len(item.tokens) for item in steps})
+            tokens = [row.tokens[-1], *draft.tokens]
+            own = None if choices is None else choices[row.index]
+            step, path = self._commit(row, draft, *self._choose(row, draft, outputs.logits[row.index], own))
+            seen.append((row, Verified(tokens, path, list(step.tokens))))
+            drafted += step.drafted
+            accepted += step.accepted
+        self._crop(drafts, seen, width)
         self.stats.steps += 1
-        self.stats.drafted.append(sum(item.drafted for item in steps))
-        self.stats.accepted.append(sum(item.accepted for item in steps))
-        self.stats.committed.append(sum(len(item.tokens) for item in steps))
-        self._observe(outputs, drafts, paths, rows=live)
+        self.stats.drafted.append(drafted)
+        self.stats.accepted.append(accepted)
+        self.stats.committed.append(sum(len(verified.committed) for _, verified in seen))
+        self._show(outputs, seen)
 
     def _drafts(self) -> list[Draft]:
         """A draft per sample, empty for those that are done or must not draft."""
@@ -575,33 +569,25 @@ class _Run:
         ids_tensor = torch.tensor(ids, device=self.device)
         return self.model.prepare_inputs_for_generation(ids_tensor, is_first_iteration=False, **inputs)
 
-    def _crop(
-        self, drafts: list[Draft], paths: list[list[int]], width: int, committed: dict[int, int]
-    ) -> None:
+    def _crop(self, drafts: list[Draft], seen: list[tuple[Row, Verified]], width: int) -> None:
         """Keep the root and the accepted nodes in every layer, drop the others.
 
         A step that commits ``c`` tokens leaves ``c`` entries: the root and all but the last of them, which is the
         next root.
         """
-        kept = max(committed.values())
-        nodes = paths[0][: kept - 1]
-        if not drafts[0].chain and nodes != list(range(len(nodes))):
-            index = torch.tensor([0, *(node + 1 for node in nodes)], device=self.device)
-            keep_last(self.cache, width, index)
+        lengths = {row.index: len(verified.committed) for row, verified in seen}
+        kept = max(lengths.values())
+        nodes = seen[0][1].path[: kept - 1]
+        if not drafts[seen[0][0].index].chain and nodes != list(range(len(nodes))):
+            keep_last(self.cache, width, torch.tensor([0, *(node + 1 for node in nodes)], device=self.device))
         else:
             # Also with nothing to remove: layers with a sliding window trim themselves here.
             self.cache.crop(kept - width)
         self.past += kept
-        if self.columns is None:
-            return
-        if len(self.rows) == 1:
-            self.columns.view(kept)
-            self.columns.used += kept
-            return
-        self.columns.commit(kept, [committed.get(row.index, 0) for row in self.rows])
-        running = [row.generated for row in self.rows if not row.done]
-        if running:
-            self.columns.squeeze(self.cache, max(row.generated for row in self.rows))
+        if self.columns is not None:
+            self.columns.commit(kept, [lengths.get(row.index, 0) for row in self.rows])
+            if len(self.rows) > 1:
+                self.columns.squeeze(self.cache, max(row.generated for row in self.rows))
 
     # --- acceptance -------------------------------------------------------------------------------------------
 
@@ -627,7 +613,8 @@ class _Run:
             count = len(draft.tokens)
             p = self.warper.along(row.index, length, draft.tokens, logits[: count + 1]).softmax(-1)
             tokens = torch.tensor(draft.tokens, dtype=torch.long, device=p.device)
-            accepted, rest = accept_chain(p, tokens, torch.rand(count, device=p.device), draft.laws)
+            laws = None if draft.laws is None else draft.laws.to(p.device)
+            accepted, rest = accept_chain(p, tokens, torch.rand(count, device=p.device), laws)
             return list(range(int(accepted))), draw(rest)
         return self._walk(row, draft, logits, length)
 
@@ -649,7 +636,7 @@ class _Run:
                 found = tokens.index(token) if token in tokens else None
             else:
                 p = scores.softmax(-1)
-                law = None if draft.laws is None or not options else draft.laws[options[0]]
+                law = None if draft.laws is None or not options else draft.laws[options[0]].to(p.device)
                 uniforms = torch.rand(len(options), device=p.device)
                 found, p = accept_siblings(p, tokens, uniforms, law, replacement=draft.replacement)
                 token = draw(p) if found is None else tokens[found]
@@ -657,8 +644,8 @@ class _Run:
                 return path, token
             path.append(options[found])
 
-    def _commit(self, row: Row, draft: Draft, path: list[int], token: int) -> list[int]:
-        """Append the accepted tokens and the target's own, as far as generation goes on; returns the path that stayed."""
+    def _commit(self, row: Row, draft: Draft, path: list[int], token: int) -> tuple[Step, list[int]]:
+        """Append the accepted tokens and the target's own, up to where generation ends; also the path that stayed."""
         tokens = [*(draft.tokens[node] for node in path), token]
         del tokens[self.max_length - self.width - row.generated :]
         for place, item in enumerate(tokens):
@@ -687,41 +674,23 @@ class _Run:
                 self.owner.streamer.put(torch.tensor([item]))
         if self.owner.on_step is not None:
             self.owner.on_step(step)
-        return path
+        return step, path
 
     # --- the rest ---------------------------------------------------------------------------------------------
 
-    def _observe(
-        self,
-        outputs: Any,
-        drafts: list[Draft],
-        paths: list[list[int]],
-        *,
-        rows: list[Row] | None = None,
-        prefill: bool = False,
-    ) -> None:
-        """Show the drafter what it asked for."""
+    def _show(self, outputs: Any, seen: list[tuple[Row, Verified]]) -> None:
+        """Let the drafter observe what it asked for."""
         start = self._clock()
         needs = self.drafter.needs
-        for row in self.rows if rows is None else rows:
-            draft, path = drafts[row.index], paths[row.index]
-            committed = list(
-                self.owner.trace[-len(rows or self.rows) :][(rows or self.rows).index(row)].tokens
-            )
-            before = row.tokens[: len(row.tokens) - len(committed)]
-            tokens = before if prefill else [before[-1], *draft.tokens]
-            count = len(tokens)
-
-            def part(states: torch.Tensor, row: Row = row, count: int = count) -> torch.Tensor:
-                own = states[row.index]
-                return own[-count:] if prefill else own[:count]
-
-            logits = hidden = None
-            if "prompt-logits" in needs or ("logits" in needs and not prefill):
-                logits = part(outputs.logits)
+        for row, verified in seen:
+            count = len(verified.tokens)
+            # A prompt ends with the sequence (padding is on the left); a draft begins with it (padding on the right).
+            part = slice(-count, None) if verified.prefill else slice(0, count)
+            if ("prompt-logits" if verified.prefill else "logits") in needs:
+                verified.logits = outputs.logits[row.index, part]
             if "hidden-states" in needs:
-                hidden = tuple(part(states) for states in outputs.hidden_states)
-            self.drafter.observe(row, Verified(tokens, path, committed, logits, hidden, prefill))
+                verified.hidden_states = tuple(states[row.index, part] for states in outputs.hidden_states)
+            self.drafter.observe(row, verified)
         self.stats.draft_seconds += self._clock() - start
 
     def output(self, input_ids: torch.Tensor) -> torch.Tensor:

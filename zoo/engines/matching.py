@@ -6,58 +6,20 @@ the model, so that half precision does not change who merges with whom.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-
 import torch
 from torch.nn.functional import normalize
 
-from zoo.engines.reductions import Merge
+from zoo.engines.reductions import Join
 from zoo.errors import BadParameter
 
 
-@dataclass(frozen=True)
-class Matching:
-    """Which tokens join which.
-
-    Attributes:
-        kept: positions of the tokens that stay, in the order of the output, ``[B, K]``.
-        moved: positions of the tokens that join a kept one, ``[B, R]``.
-        target: output token (an index into ``kept``) that each of them joins, ``[B, R]``.
-        tokens: length of the sequence, ``N``; a token that is neither kept nor moved is dropped.
-    """
-
-    kept: torch.Tensor
-    moved: torch.Tensor
-    target: torch.Tensor
-    tokens: int
-
-    @cached_property
-    def assignment(self) -> torch.Tensor:
-        """Output token that each token becomes or joins, ``[B, N]`` (int64); -1 = dropped."""
-        place = self.kept.new_full((self.kept.shape[0], self.tokens), -1)
-        order = torch.arange(self.kept.shape[1], device=self.kept.device).expand_as(self.kept)
-        return place.scatter(1, self.kept, order).scatter(1, self.moved, self.target)
-
-    def merge(self, size: torch.Tensor | None = None) -> Merge:
-        """The reduction: means weighted with ``size [B, N]``; ``None`` = every token counts as one."""
-        weight = torch.ones(self.assignment.shape, device=self.kept.device) if size is None else size
-        return Merge(self.assignment, weight, anchor=self.kept, moved=self.moved)
-
-    def unmerge(self, y: torch.Tensor) -> torch.Tensor:
-        """Give every token the value of the one that holds it: ``y [B, K, D]`` -> ``[B, N, D]``; dropped: 0."""
-        return spread(y, self.assignment)
-
-
-def spread(y: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
-    """Read ``y [B, K, D]`` at ``assignment [B, N]``; -1 reads zeros. Returns ``[B, N, D]``."""
-    index = assignment.clamp(min=0).unsqueeze(-1).expand(-1, -1, y.shape[-1])
-    return y.gather(1, index).masked_fill(assignment.unsqueeze(-1) < 0, 0)
-
-
 def bipartite_soft_matching(
-    metric: torch.Tensor, r: int, prefix: int = 0, valid: torch.Tensor | None = None
-) -> Matching:
+    metric: torch.Tensor,
+    r: int,
+    prefix: int = 0,
+    weight: torch.Tensor | None = None,
+    valid: torch.Tensor | None = None,
+) -> Join:
     """Merge the ``r`` most similar pairs between tokens at even and at odd positions.
 
     Every even token proposes its most similar odd token; the ``r`` best proposals merge, several of them perhaps into
@@ -70,6 +32,7 @@ def bipartite_soft_matching(
         metric: features that are compared by their cosine, ``[B, N, C]``, e.g. keys averaged over heads.
         r: tokens to remove.
         prefix: tokens at the beginning ([CLS], distillation token, registers) that neither go nor receive others.
+        weight: token sizes ``[B, N]`` for the means; ``None`` = every token counts as one.
         valid: ``[B, N]`` bool; padding (``False``) does not match anything, unless fewer than ``r`` pairs are left.
 
     Raises:
@@ -79,7 +42,7 @@ def bipartite_soft_matching(
     r = min(r, merges(tokens, prefix))
     if r <= 0:
         raise ValueError(f"there is nothing to merge: {tokens} tokens, {prefix} of them protected, r={r}")
-    feature = normalize(metric.float(), dim=-1)
+    feature = normalize(metric.detach().float(), dim=-1)
     scores = feature[:, ::2] @ feature[:, 1::2].transpose(1, 2)
     even_prefix, odd_prefix = (prefix + 1) // 2, prefix // 2
     lowest = float("-inf")
@@ -101,7 +64,7 @@ def bipartite_soft_matching(
         kept = torch.cat((head, 2 * stayed[:, even_prefix:], 2 * odd[:, odd_prefix:] + 1), dim=1)
     else:
         kept = torch.cat((2 * stayed, 2 * odd + 1), dim=1)
-    return Matching(kept, 2 * moved, target, tokens)
+    return Join(kept, 2 * moved, target, tokens, weight)
 
 
 def merges(tokens: int, prefix: int = 0) -> int:
@@ -109,7 +72,7 @@ def merges(tokens: int, prefix: int = 0) -> int:
     return max(0, (tokens - prefix) // 2)
 
 
-def kth_matching(metric: torch.Tensor, k: int) -> Matching:
+def kth_matching(metric: torch.Tensor, k: int, weight: torch.Tensor | None = None) -> Join:
     """Merge all but every ``k``-th token: positions ``k - 1, 2k - 1, ...`` stay, the others join the nearest of them.
 
     A last, incomplete group of ``N mod k`` tokens is dropped, so that exactly ``N // k`` tokens are left.
@@ -117,6 +80,7 @@ def kth_matching(metric: torch.Tensor, k: int) -> Matching:
     Args:
         metric: features that are compared by their cosine, ``[B, N, C]``.
         k: group length, from 2 to ``N``.
+        weight: token sizes ``[B, N]`` for the means; ``None`` = every token counts as one.
 
     Raises:
         ValueError: ``k`` is out of range.
@@ -125,15 +89,23 @@ def kth_matching(metric: torch.Tensor, k: int) -> Matching:
     if not 2 <= k <= tokens:
         raise ValueError(f"k must be between 2 and the number of tokens ({tokens}), not {k}")
     place = torch.arange(tokens // k * k, device=metric.device).view(-1, k)
-    return _join_nearest(metric, place[:, :-1].flatten().expand(batch, -1), place[:, -1].expand(batch, -1))
+    return _join_nearest(
+        metric, place[:, :-1].flatten().expand(batch, -1), place[:, -1].expand(batch, -1), weight
+    )
 
 
-def random_matching(metric: torch.Tensor, r: int, generator: torch.Generator | None = None) -> Matching:
+def random_matching(
+    metric: torch.Tensor,
+    r: int,
+    weight: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Join:
     """Merge ``r`` tokens drawn at random, each into the most similar of the others.
 
     Args:
         metric: features that are compared by their cosine, ``[B, N, C]``.
         r: tokens to remove, from 0 to ``N - 1``.
+        weight: token sizes ``[B, N]`` for the means; ``None`` = every token counts as one.
         generator: source of chance, on the device of ``metric``; the survivors come in random order.
 
     Raises:
@@ -143,15 +115,18 @@ def random_matching(metric: torch.Tensor, r: int, generator: torch.Generator | N
     if not 0 <= r < tokens:
         raise ValueError(f"r must be between 0 and {tokens - 1}, not {r}")
     order = torch.rand(batch, tokens, generator=generator, device=metric.device).argsort(-1)
-    return _join_nearest(metric, order[:, :r], order[:, r:])
+    return _join_nearest(metric, order[:, :r], order[:, r:], weight)
 
 
-def _join_nearest(metric: torch.Tensor, moved: torch.Tensor, kept: torch.Tensor) -> Matching:
-    feature = normalize(metric.float(), dim=-1)
+def _join_nearest(
+    metric: torch.Tensor, moved: torch.Tensor, kept: torch.Tensor, weight: torch.Tensor | None
+) -> Join:
+    feature = normalize(metric.detach().float(), dim=-1)
     channels = metric.shape[-1]
     sources = feature.gather(1, moved.unsqueeze(-1).expand(-1, -1, channels))
     targets = feature.gather(1, kept.unsqueeze(-1).expand(-1, -1, channels))
-    return Matching(kept, moved, (sources @ targets.transpose(1, 2)).argmax(-1), metric.shape[1])
+    partner = (sources @ targets.transpose(1, 2)).argmax(-1)
+    return Join(kept, moved, partner, metric.shape[1], weight)
 
 
 def merge_schedule(layers: int, r: int | tuple[int, ...], inflection: float = 0.0) -> list[int]:
@@ -170,7 +145,9 @@ def merge_schedule(layers: int, r: int | tuple[int, ...], inflection: float = 0.
     """
     if not isinstance(r, int):
         if len(r) > layers:
-            raise BadParameter(f"r has {len(r)} entries, but the model has {layers} blocks: give at most {layers}")
+            raise BadParameter(
+                f"r has {len(r)} entries, but the model has {layers} blocks: give at most {layers}"
+            )
         return [*r, *[0] * (layers - len(r))]
     if layers == 1:
         return [r]

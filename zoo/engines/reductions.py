@@ -1,6 +1,6 @@
 """What a token method decides: which tokens stay, and what becomes of the others.
 
-All three forms are special cases of one linear map ``y = W x`` with ``W [B, K, N]``; keeping them apart avoids the
+All forms are special cases of one linear map ``y = W x`` with ``W [B, K, N]``; keeping them apart avoids the
 dense matrix where an index is enough.
 """
 
@@ -53,16 +53,12 @@ class Merge:
         weight: ``[B, N]``, e.g. token sizes.
         anchor: position whose place each output token takes, ``[B, K]``.
         normalise: divide by the summed weight (mean) or not (sum).
-        moved: positions ``[B, R]`` of the tokens that join another one, when each anchor is assigned to its own
-            output token and all other tokens are either in ``moved`` or dropped. Only these rows are then added up,
-            which is much cheaper than going through all of them. ``None`` = not known.
     """
 
     assignment: torch.Tensor
     weight: torch.Tensor
     anchor: torch.Tensor
     normalise: bool = True
-    moved: torch.Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -71,40 +67,83 @@ class Merge:
 
     def sizes(self) -> torch.Tensor:
         """Summed weight of each output token, ``[B, K]``."""
-        return self._total
-
-    @cached_property
-    def _total(self) -> torch.Tensor:
-        if self.moved is not None:
-            joining = self.weight.gather(1, self.moved)
-            slot = self.assignment.gather(1, self.moved)
-            return self.weight.gather(1, self.anchor).scatter_add(1, slot, joining)
         total = self.weight.new_zeros(self.weight.shape[0], self.length + 1)
         slot = torch.where(self.assignment < 0, self.length, self.assignment)
         return total.scatter_add(1, slot, self.weight)[:, :-1]
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """``x [B, N, D]`` -> ``[B, K, D]``, in the type of ``x``."""
-        if self.moved is not None:
-            return self._add_moved(x, self.moved)
         slot = torch.where(self.assignment < 0, self.length, self.assignment)
         weighted = x * self.weight.to(x.dtype).unsqueeze(-1)
         out = x.new_zeros(x.shape[0], self.length + 1, x.shape[2])
         out = out.scatter_add(1, _expand(slot, x), weighted)[:, :-1]
-        return out / self._total.to(x.dtype).unsqueeze(-1) if self.normalise else out
+        return out / self.sizes().to(x.dtype).unsqueeze(-1) if self.normalise else out
 
-    def _add_moved(self, x: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
-        """Anchors times their share, plus the tokens that join them; an anchor nobody joins stays bit-equal."""
-        slot = self.assignment.gather(1, moved)
-        anchored, joining = self.weight.gather(1, self.anchor), self.weight.gather(1, moved)
+
+@dataclass(frozen=True)
+class Join:
+    """Some tokens stay, others join one of them: a :class:`Merge` whose index work is as small as the change.
+
+    ``y_k = (w_k x_k + sum_{n joins k} w_n x_n)``, divided by the weights. A token that nobody joins stays bit-equal.
+
+    Attributes:
+        anchor: positions of the tokens that stay, in the order of the output, ``[B, K]``.
+        moved: positions of the tokens that join one of them, ``[B, R]``.
+        target: output token (an index into ``anchor``) that each of these joins, ``[B, R]``.
+        tokens: length before, ``N``. A token that is neither in ``anchor`` nor in ``moved`` is dropped.
+        weight: ``[B, N]``, e.g. token sizes; ``None`` = all ones.
+        normalise: divide by the summed weight (mean) or not (sum).
+    """
+
+    anchor: torch.Tensor
+    moved: torch.Tensor
+    target: torch.Tensor
+    tokens: int
+    weight: torch.Tensor | None = None
+    normalise: bool = True
+
+    @property
+    def length(self) -> int:
+        """``K``."""
+        return self.anchor.shape[1]
+
+    @cached_property
+    def assignment(self) -> torch.Tensor:
+        """Output token that each token becomes or joins, ``[B, N]`` (int64); -1 = dropped."""
+        place = self.anchor.new_full((self.anchor.shape[0], self.tokens), -1)
+        order = torch.arange(self.length, device=place.device).expand_as(self.anchor)
+        return place.scatter(1, self.anchor, order).scatter(1, self.moved, self.target)
+
+    def sizes(self) -> torch.Tensor:
+        """Summed weight of each output token, ``[B, K]``."""
+        return self._total
+
+    @cached_property
+    def _total(self) -> torch.Tensor:
+        staying, joining = self._weights()
+        return staying.scatter_add(1, self.target, joining)
+
+    def _weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.weight is None:
+            staying = torch.ones(self.anchor.shape, device=self.anchor.device)
+            return staying, staying.new_ones(self.moved.shape)
+        return self.weight.gather(1, self.anchor), self.weight.gather(1, self.moved)
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [B, N, D]`` -> ``[B, K, D]``, in the type of ``x``; half precision is summed in float32."""
+        staying, joining = self._weights()
         if self.normalise:
-            total = self._total
-            anchored, joining = anchored / total, joining / total.gather(1, slot)
-        out = x.gather(1, _expand(self.anchor, x)) * anchored.to(x.dtype).unsqueeze(-1)
-        rows = x.gather(1, _expand(moved, x)) * joining.to(x.dtype).unsqueeze(-1)
-        # One flat row index: on a CPU several times faster than a scatter with an index for every channel.
-        start = torch.arange(x.shape[0], device=x.device).unsqueeze(1) * self.length
-        return out.flatten(0, 1).index_add(0, (slot + start).flatten(), rows.flatten(0, 1)).view_as(out)
+            staying, joining = staying / self._total, joining / self._total.gather(1, self.target)
+        kind = torch.promote_types(x.dtype, torch.float32)
+        # Flat row indices: on a CPU several times faster than an index for every channel.
+        rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+        flat = x.flatten(0, 1)
+        out = flat.index_select(0, (self.anchor + rows * self.tokens).flatten())
+        out = out * staying.flatten().unsqueeze(1).to(kind)
+        moved = flat.index_select(0, (self.moved + rows * self.tokens).flatten())
+        moved = moved * joining.flatten().unsqueeze(1).to(kind)
+        out.index_add_(0, (self.target + rows * self.length).flatten(), moved)
+        return out.view(x.shape[0], self.length, -1).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -129,4 +168,4 @@ class Transform:
         return self.matrix.to(x.dtype) @ x
 
 
-Reduction = Keep | Merge | Transform
+Reduction = Keep | Merge | Join | Transform

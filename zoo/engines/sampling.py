@@ -56,7 +56,7 @@ class Warper:
 
     def after(self, row: int, length: int, path: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
         """Scores ``[V]`` of the token that follows ``ids[row, :length]`` and ``path``, from ``logits [V]``."""
-        scores = logits.to(torch.float32, copy=True).unsqueeze(0)
+        scores = logits.to(self.ids.device, torch.float32, copy=True).unsqueeze(0)
         if self.contextual:
             self.write(row, length, path)
         return self.processors(self.ids[row : row + 1, : length + len(path)], scores)[0]
@@ -65,7 +65,7 @@ class Warper:
         """Scores ``[n + 1, V]`` before, between and after the ``n`` tokens of ``chain``, from ``logits [n + 1, V]``."""
         if self.contextual:
             return torch.stack([self.after(row, length, chain[:i], logits[i]) for i in range(len(chain) + 1)])
-        scores = logits.to(torch.float32, copy=True)
+        scores = logits.to(self.ids.device, torch.float32, copy=True)
         return self.processors(self.ids[row : row + 1, :length].expand(len(scores), -1), scores)
 
 

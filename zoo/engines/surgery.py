@@ -129,7 +129,8 @@ def keep_heads(attention: Attention, heads: torch.Tensor, output_bias: torch.Ten
             cuts.add_bias(attention.output, output_bias)
         cuts.apply()
         # Attention functions repeat keys and values by this attribute; shapes tell modules everything else.
-        attention.module.num_key_value_groups = int(left[0])
+        module: Any = attention.module
+        module.num_key_value_groups = int(left[0])
 
 
 def keep_channels(mlp: Mlp, channels: torch.Tensor, down_bias: torch.Tensor | None = None) -> None:
@@ -153,8 +154,9 @@ def keep_channels(mlp: Mlp, channels: torch.Tensor, down_bias: torch.Tensor | No
         if down_bias is not None:
             cuts.add_bias(mlp.down, down_bias)
         cuts.apply()
-        if hasattr(mlp.module, "intermediate_size"):
-            mlp.module.intermediate_size = int(channels.sum())
+        module: Any = mlp.module
+        if hasattr(module, "intermediate_size"):
+            module.intermediate_size = int(channels.sum())
 
 
 @dataclass(frozen=True)

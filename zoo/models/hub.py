@@ -64,7 +64,9 @@ def fetch_snapshot(repository: str, revision: str | None = None, *, code: bool =
     except Exception as error:  # the HTTP library below the hub client changes between its versions
         raise DownloadFailed(f"the download of {repository} broke off: {_first_line(error)}") from None
     if not _complete(folder):
-        raise ModelNotFound(f"{repository} has no config.json with safetensors weights; choose another revision")
+        raise ModelNotFound(
+            f"{repository} has no config.json with safetensors weights; choose another revision"
+        )
     return folder
 
 
@@ -93,11 +95,15 @@ def _commit(repository: str, revision: str | None) -> str:
         case str(commit):
             return commit
         case GatedRepoError():
-            raise ModelNotFound(f"{repository} is gated: accept its terms on the hub, then run: hf auth login")
+            raise ModelNotFound(
+                f"{repository} is gated: accept its terms on the hub, then run: hf auth login"
+            )
         case RevisionNotFoundError():
             raise ModelNotFound(f"{repository} has no revision '{revision}'")
         case RepositoryNotFoundError():
-            raise ModelNotFound(f"the hub has no public model called {repository} (private ones need: hf auth login)")
+            raise ModelNotFound(
+                f"the hub has no public model called {repository} (private ones need: hf auth login)"
+            )
         case error:
             raise HubUnreachable(f"the hub cannot be reached: {_first_line(error)}")
 

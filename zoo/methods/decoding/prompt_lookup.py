@@ -1,8 +1,9 @@
 """Prompt lookup decoding: what followed the last words before will follow them again.
 
-A. Saxena, "Prompt Lookup Decoding" (2023), https://github.com/apoorvumang/prompt-lookup-decoding. The last ``n`` tokens
-are looked up earlier in prompt and output; the tokens after that place are the draft. No model drafts, so it costs
-nothing, and pays wherever the output copies from the input: summaries, editing, question answering on a text, code.
+A. Saxena, "Prompt Lookup Decoding" (2023), https://github.com/apoorvumang/prompt-lookup-decoding. The last
+``n`` tokens are looked up earlier in prompt and output; the tokens after that place are the draft. No model
+drafts, so it costs nothing, and pays wherever the output copies from the input: summaries, editing, question
+answering on a text, code.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pydantic import Field
 
 from zoo.engines.decoding import Context, Draft, Drafter, Row
 from zoo.families.decoding import Decoder
-from zoo.method import register
+from zoo.interface import register
 
 if TYPE_CHECKING:
     from zoo.models import LoadedModel
@@ -25,8 +26,8 @@ Rule = Literal["official", "transformers"]
 class NgramIndex:
     """First place of every n-gram of a growing sequence, so that a look-up does not depend on its length.
 
-    Both rules take the leftmost match that has enough text behind it. Places further right have less, so the leftmost
-    occurrence of an n-gram decides alone.
+    Both rules take the leftmost match that has enough text behind it. Places further right have less, so the
+    leftmost occurrence of an n-gram decides alone.
     """
 
     def __init__(self, longest: int) -> None:
@@ -43,12 +44,14 @@ class NgramIndex:
             for end in range(max(start, n - 1) + 1, len(self.tokens) + 1):
                 first.setdefault(tuple(self.tokens[end - n : end]), end - n)
 
-    def lookup(self, count: int, rule: Rule, eos: Collection[int] = (), max_length: int | None = None) -> list[int]:
+    def lookup(
+        self, count: int, rule: Rule, eos: Collection[int] = (), max_length: int | None = None
+    ) -> list[int]:
         """What followed an earlier occurrence of the last tokens; the longest n-gram that fits wins.
 
         Args:
-            count: tokens to copy. ``official`` wants exactly so many, and prefers a shorter n-gram further left to a
-                match with less behind it; ``transformers`` takes what there is.
+            count: tokens to copy. ``official`` wants exactly so many, and prefers a shorter n-gram further
+                left to a match with less behind it; ``transformers`` takes what there is.
             rule: which of the two.
             eos: ends of sequence, before which the copy stops (``transformers`` only).
             max_length: no token at or behind this place of the sequence is copied (``transformers`` only).
@@ -83,17 +86,20 @@ class PromptLookupDrafter(Drafter):
         self.eos: frozenset[int] = frozenset()
 
     def start(self, context: Context, rows: Sequence[Row]) -> None:
+        """Index the prompts."""
         self.eos = context.eos
         self.indexes = {row.index: NgramIndex(self.max_ngram) for row in rows}
         for row in rows:
             self.indexes[row.index].extend(row.tokens)
 
     def propose_row(self, row: Row) -> Draft:
+        """Index what was committed, then look up its end."""
         index = self.indexes[row.index]
         index.extend(row.tokens[len(index.tokens) :])
         return Draft(index.lookup(self.draft_tokens, self.rule, self.eos))
 
     def stop(self) -> None:
+        """Forget the prompts."""
         self.indexes = {}
 
 
@@ -101,12 +107,14 @@ class PromptLookupDrafter(Drafter):
 class PromptLookup(Decoder):
     """Drafts by copying what followed the last tokens earlier in prompt and output."""
 
-    max_ngram: int = Field(3, ge=1, le=16, description="Longest n-gram that is looked up; shorter ones follow.")
+    max_ngram: int = Field(
+        3, ge=1, le=16, description="Longest n-gram that is looked up; shorter ones follow."
+    )
     draft_tokens: int = Field(10, ge=1, le=256, description="Tokens drafted per step.")
     rule: Rule = Field(
         "official",
-        description="Which matches count: 'official' needs all draft_tokens behind the match, 'transformers' takes a "
-        "shorter copy too and stops it before an end of sequence.",
+        description="Which matches count: 'official' needs all draft_tokens behind the match, 'transformers' takes "
+        "a shorter copy too and stops it before an end of sequence.",
     )
 
     def drafter(self, loaded: LoadedModel, **resources: Any) -> PromptLookupDrafter:

@@ -53,10 +53,15 @@ class Cfsp(WeightPruner):
     coarse: BlockMetric = Field("angular", description="Distance between a layer's input and output.")
     fine: Fine = Field("three_w_one_wa", description="Score of a channel.")
     relative_to: Literal["channel", "layer"] = Field(
-        "channel", description="Weights relative to their own channel (as released) or to all channels of the layer."
+        "channel",
+        description="Weights relative to their own channel (as released) or to all channels of the layer.",
     )
-    slope: float = Field(1.0, ge=0, description="Steepness a of the sigmoid that shares the budget among layers.")
-    weight_exponent: float = Field(1.0, ge=0, description="Exponent b of the activation norm inside the weight term.")
+    slope: float = Field(
+        1.0, ge=0, description="Steepness a of the sigmoid that shares the budget among layers."
+    )
+    weight_exponent: float = Field(
+        1.0, ge=0, description="Exponent b of the activation norm inside the weight term."
+    )
     norm_exponent: float = Field(1.0, ge=0, description="Exponent c of the activation norm outside.")
     round_to: int | None = Field(
         None, ge=1, description="Keep a multiple of this many channels (128 suits GPU kernels)."
@@ -78,7 +83,10 @@ class Cfsp(WeightPruner):
 
     def observe(self, layer: DecoderLayer) -> dict[str, Watch]:
         """How far the layer moves its tokens, and the inputs of its down projection."""
-        return {"distance": Watch("layer", BlockDistance(self.coarse)), "norm": Watch(layer.mlp.down, SquareSum())}
+        return {
+            "distance": Watch("layer", BlockDistance(self.coarse)),
+            "norm": Watch(layer.mlp.down, SquareSum()),
+        }
 
     def channel_ratio(self, decoder: Decoder) -> float:
         """The paper's pruning ratio: the fraction of FFN channels whose removal meets the budget.
@@ -97,7 +105,9 @@ class Cfsp(WeightPruner):
             )
         return self.sparsity * total / ffn
 
-    def keep_ratios(self, decoder: Decoder, seen: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def keep_ratios(
+        self, decoder: Decoder, seen: Sequence[Mapping[str, Any]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Coarse step: sigmoid scores and keep ratios of the layers, ``[layers]`` float64 each."""
         summed = torch.tensor([layer["distance"].total for layer in seen], dtype=torch.float64)
         scale = RELEASED_SCALE

@@ -59,13 +59,17 @@ class Flap(WeightPruner):
 
     least_sequences: ClassVar[int] = 2
 
-    metric: Metric = Field("WIFV", description="Fluctuation (IFV), times weights (WIFV), or Wanda's norm (WIFN).")
+    metric: Metric = Field(
+        "WIFV", description="Fluctuation (IFV), times weights (WIFV), or Wanda's norm (WIFN)."
+    )
     structure: Structure = Field(
         "AL-AM",
         description="Layers and modules alike uniform (UL-UM), heads given and uniform (UL-MM), "
         "heads given and ranked over layers (AL-MM), or all ranked together (AL-AM).",
     )
-    remove_heads: int = Field(8, ge=0, description="Query heads to remove in the whole model (UL-MM, AL-MM only).")
+    remove_heads: int = Field(
+        8, ge=0, description="Query heads to remove in the whole model (UL-MM, AL-MM only)."
+    )
 
     def observe(self, layer: DecoderLayer) -> dict[str, Watch]:
         """The inputs of the output and down projections."""
@@ -135,7 +139,9 @@ class Flap(WeightPruner):
             above_lowest(torch.cat(channels), count), channels
         )
 
-    def threshold(self, decoder: Decoder, groups: list[torch.Tensor], channels: list[torch.Tensor]) -> torch.Tensor:
+    def threshold(
+        self, decoder: Decoder, groups: list[torch.Tensor], channels: list[torch.Tensor]
+    ) -> torch.Tensor:
         """AL-AM: the score that meets the budget, with a channel as the unit of cost (rounded down, as in the code)."""
         costs = [
             torch.full(score.shape, (2 * x.group + 2) * x.head_dim // (len(layer.mlp.inputs) + 1))
@@ -148,11 +154,14 @@ class Flap(WeightPruner):
         """Masks, and the mean contribution of all that leaves as biases."""
         heads, channels = self.scores(decoder, seen)
         groups = [
-            score.view(layer.attention.kv_heads, -1).mean(1) for layer, score in zip(decoder.layers, heads, strict=True)
+            score.view(layer.attention.kv_heads, -1).mean(1)
+            for layer, score in zip(decoder.layers, heads, strict=True)
         ]
         cuts = []
         masks = zip(*self.masks(decoder, groups, channels), strict=True)
-        for index, (layer, (kept_groups, kept_channels)) in enumerate(zip(decoder.layers, masks, strict=True)):
+        for index, (layer, (kept_groups, kept_channels)) in enumerate(
+            zip(decoder.layers, masks, strict=True)
+        ):
             attention, means = layer.attention, seen[index]
             kept_heads = keep_one(kept_groups, groups[index]).repeat_interleave(attention.group)
             kept_channels = keep_one(kept_channels, channels[index])

@@ -1,0 +1,67 @@
+"""A catalogue built from the real sources, without importing any implementation. Shared by several folders."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from taxonomy.catalog import Run, Sources, build
+from taxonomy.catalog import Measurement as Figure
+from zoo.method import implemented
+
+
+def make_run(**changes: object) -> Run:
+    values: dict[str, object] = {
+        "method": "flap",
+        "model": "tiny-llama",
+        "started": "2026-05-04T10:11:12Z",
+        "seconds": 2.5,
+        "environment": {"hardware": "2 x86-64 cores", "torch": "2.13.0"},
+        "parameters": {"sparsity": 0.3},
+        "measurements": (
+            Figure("prefill", "dense", "s", 0.4, 0.01, 5),
+            Figure("prefill", "method", "s", 0.2, 0.01, 5),
+            Figure("prefill", "ratio", "1", 2.0),
+        ),
+        "seed": 0,
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    return Run(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def real_sources() -> Sources:
+    loaded = Sources.load(implemented())
+    flap = [row for row in loaded.verification if row["method"] != "flap"]
+    flap += [
+        {
+            "method": "flap",
+            "kind": "property",
+            "subject": "deterministic",
+            "model": "tiny-llama",
+            "passed": True,
+        },
+        {"method": "flap", "kind": "golden", "subject": "case-1", "passed": True},
+    ]
+    reference = make_run(key="reference-1", model="smollm2-135m")
+    return Sources(loaded.cards, loaded.papers, [*loaded.runs, reference], flap, loaded.implemented)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The catalogue of the real cards and papers."""
+    path = tmp_path_factory.mktemp("catalog") / "catalog.sqlite"
+    assert build(real_sources(), path)
+    return path
+
+
+@pytest.fixture
+def as_catalog(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Commands read ``built``, and the user's runs are in an own, empty place."""
+    monkeypatch.setattr("taxonomy.paths.catalog_file", lambda: built)
+    monkeypatch.setenv("ZOO_CATALOG", str(tmp_path / "own" / "runs.sqlite"))
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    assert os.environ["ZOO_CATALOG"]
+    return built

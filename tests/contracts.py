@@ -1,0 +1,363 @@
+"""How the yes/no statements of a card are executed, family by family.
+
+A check gets a *bench*: one method on one small real architecture. It raises when the statement is false. A statement
+without a check here is not executed, and the site shows it as declared, not as verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import zoo
+from zoo.interface import Method, method_class
+from zoo.models import LoadedModel
+from zoo.models.tiny import tiny_model
+
+MODELS = {
+    "weights": ("tiny-llama", "tiny-llama-mha", "tiny-qwen2", "tiny-qwen3", "tiny-mistral"),
+    "decoding": ("tiny-llama", "tiny-llama-mha", "tiny-qwen3"),
+    "visual-tokens": ("tiny-llava",),
+    "encoder-tokens": ("tiny-vit", "tiny-deit", "tiny-clip", "tiny-dinov2", "tiny-dinov2-registers"),
+}
+"""Architectures each family is run on."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    # Defaults made for twelve or more layers, scaled to the four of the tiny models.
+    "evit": {"layers": [1, 2]},
+    "tome": {"r": 4},
+    "cfsp": {"sparsity": 0.15},
+}
+NEW = 16
+QUESTIONS = ("What is it?", "How many are there?", "Is it on the left of the house?", "Read the sign.", "z")
+TEXTS = (
+    "the cat sat on the mat and the cat sat on the mat and the",
+    "one two three one two three one two",
+    "a completely different line, without much in common.",
+)
+
+
+@dataclass(frozen=True)
+class Bench:
+    slug: str
+    model: str
+
+    @property
+    def cls(self) -> type[Method]:
+        return method_class(self.slug)
+
+    @property
+    def method(self) -> Method:
+        built = zoo.method(self.slug, **SETTINGS.get(self.slug, {}))
+        assert isinstance(built, Method)
+        return built
+
+    def load(self) -> LoadedModel:
+        """A fresh model: checks may not disturb each other."""
+        model, processor = tiny_model(self.model)
+        if hasattr(model, "generation_config"):
+            model.generation_config.eos_token_id = None  # so that every sample gives NEW tokens
+        return LoadedModel(model, processor, self.model)
+
+    def resources(self) -> dict[str, Any]:
+        if self.cls.phase == "weights":
+            generator = torch.Generator().manual_seed(3)
+            return {"calibration": torch.randint(4, 250, (6, 24), generator=generator)}
+        if self.slug == "speculative-sampling":
+            draft, processor = tiny_model(self.model, seed=1)
+            return {"draft": LoadedModel(draft, processor, "tiny draft")}
+        return {}
+
+    def apply(self, loaded: LoadedModel) -> zoo.Applied:
+        return self.method.apply(loaded, **self.resources())
+
+
+# --- inputs and outputs ----------------------------------------------------------------------------------------
+
+
+@cache
+def picture(seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (12, 12, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((96, 96), Image.Resampling.BICUBIC)
+
+
+def data(bench: Bench, loaded: LoadedModel, samples: tuple[int, ...] = (0,)) -> dict[str, torch.Tensor]:
+    """Inputs of a few samples; texts of different lengths are padded on the left."""
+    match bench.cls.phase:
+        case "encoder-tokens":
+            return dict(loaded.processor(images=[picture(s) for s in samples], return_tensors="pt"))
+        case "visual-tokens":
+            texts = [f"<image>\n{QUESTIONS[s]}" for s in samples]
+            pictures = [picture(s) for s in samples]
+            return dict(loaded.processor(images=pictures, text=texts, return_tensors="pt", padding=True))
+        case _:
+            return dict(loaded.processor([TEXTS[s] for s in samples], return_tensors="pt", padding=True))
+
+
+@torch.no_grad()
+def outcome(bench: Bench, applied: zoo.Applied, samples: tuple[int, ...] = (0,)) -> list[torch.Tensor]:
+    """What a user gets for each sample: new tokens, or features of an encoder."""
+    inputs = data(bench, applied.loaded, samples)
+    if bench.cls.phase == "encoder-tokens":
+        output = applied(**inputs)
+        return list(output.logits if "logits" in output else output.last_hidden_state[:, 0])
+    ids = applied.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    return list(ids[:, inputs["input_ids"].shape[1] :])
+
+
+@torch.no_grad()
+def plain(bench: Bench, loaded: LoadedModel, samples: tuple[int, ...] = (0,)) -> list[torch.Tensor]:
+    inputs = data(bench, loaded, samples)
+    if bench.cls.phase == "encoder-tokens":
+        output = loaded.model(**inputs)
+        return list(output.logits if "logits" in output else output.last_hidden_state[:, 0])
+    ids = loaded.model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    return list(ids[:, inputs["input_ids"].shape[1] :])
+
+
+def prefill(applied: zoo.Applied, inputs: dict[str, torch.Tensor]) -> Any:
+    with torch.no_grad():
+        return applied(**inputs, use_cache=True) if "input_ids" in inputs else applied(**inputs)
+
+
+class FullMaps(TorchDispatchMode):
+    """Notices every softmax over a square of tokens: a materialised attention map."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.found: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if "softmax" in func.__name__ and isinstance(result, torch.Tensor) and result.dim() >= 3:
+            rows, columns = result.shape[-2:]
+            if rows >= self.tokens and self.tokens <= columns <= 2 * rows:
+                self.found.append(result.shape)
+        return result
+
+
+@contextmanager
+def layer_lengths(loaded: LoadedModel) -> Iterator[list[int]]:
+    """Sequence lengths that reach the MLP of each decoder layer (or encoder block)."""
+    anatomy = loaded.anatomy
+    if anatomy.decoder is not None:
+        places = [layer.mlp.module for layer in anatomy.decoder.layers]
+    else:
+        assert anatomy.encoder is not None
+        places = [block.mlp for block in anatomy.encoder.blocks]
+    lengths: list[int] = []
+    hooks = [place.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1])) for place in places]
+    try:
+        yield lengths
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# --- checks ----------------------------------------------------------------------------------------------------
+
+
+def query_aware(bench: Bench, declared: bool) -> None:
+    loaded = bench.load()
+    kept = []
+    with bench.apply(loaded) as applied:
+        for question in QUESTIONS:
+            inputs = loaded.processor(images=picture(0), text=f"<image>\n{question}", return_tensors="pt")
+            prefill(applied, dict(inputs))
+            kept.append({layer: rows[0].tolist() for layer, rows in applied.kept.items()})  # type: ignore[attr-defined]
+    changed = any(one != kept[0] for one in kept)
+    assert changed == declared, f"other questions {'changed' if changed else 'did not change'} what is kept"
+
+
+def needs_attention_maps(bench: Bench, declared: bool) -> None:
+    loaded = bench.load()
+    samples = (0,) if bench.cls.phase in ("weights", "decoding") else (0, 1)
+    inputs = data(bench, loaded, samples)
+    # Anything square and at least as large as half of the tokens counts as a map.
+    tokens = 12
+    with FullMaps(tokens) as watched, bench.apply(loaded) as applied:
+        if bench.cls.phase == "decoding":
+            applied.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+        else:
+            prefill(applied, inputs)
+        implementation = applied.model.config._attn_implementation
+    assert implementation == "sdpa"
+    assert bool(watched.found) == declared, f"attention maps of shapes {watched.found}"
+
+
+def lossless(bench: Bench, declared: bool) -> None:
+    loaded = bench.load()
+    different = 0
+    for sample in range(3):
+        expected = plain(bench, loaded, (sample,))[0]
+        with bench.apply(loaded) as applied:
+            different += not torch.equal(outcome(bench, applied, (sample,))[0], expected)
+    assert (different == 0) == declared, f"{different} of 3 outputs differ from the dense model's"
+
+
+def deterministic(bench: Bench, declared: bool) -> None:
+    results = []
+    for _ in range(2):
+        with bench.apply(bench.load()) as applied:
+            results.append(outcome(bench, applied, (0, 1)))
+    same = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert same or not declared
+
+
+def batchable(bench: Bench, declared: bool) -> None:
+    if not declared:
+        return
+    loaded = bench.load()
+    with bench.apply(loaded) as applied:
+        together = outcome(bench, applied, (0, 1, 2))
+        alone = [outcome(bench, applied, (sample,))[0] for sample in range(3)]
+    for one, other in zip(together, alone, strict=True):
+        if one.is_floating_point():
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        else:
+            assert one.tolist() == other.tolist()
+
+
+def shrinks_sequence(bench: Bench, declared: bool) -> None:
+    loaded = bench.load()
+    inputs = data(bench, loaded)
+    with layer_lengths(loaded) as dense, torch.no_grad():
+        loaded.model(**inputs)
+    with bench.apply(loaded) as applied, layer_lengths(applied.loaded) as short:
+        prefill(applied, inputs)
+        report = applied.report if declared else None
+    assert (short[-1] < dense[-1]) == declared
+    if report is None:
+        return
+    bars = next(iter(report.bars.values()))
+    assert len(bars) == len(short)
+    gone = [dense[0] - length for length in short]
+    shown = [round(bar.total - bar.kept) for bar in bars]
+    # Encoder reports count what enters a block; the reduction inside a block shows one block later.
+    if bench.cls.phase == "encoder-tokens" and shown != gone:
+        gone = [0, *gone[:-1]]
+    assert shown == gone
+
+
+def shrinks_cache(bench: Bench, declared: bool) -> None:
+    loaded = bench.load()
+    inputs = data(bench, loaded)
+    with torch.no_grad():
+        dense = [layer.get_seq_length() for layer in loaded.model(**inputs, use_cache=True).past_key_values.layers]
+    with bench.apply(loaded) as applied:
+        cache = prefill(applied, inputs).past_key_values
+        bars = next(iter(applied.report.bars.values()))
+    lengths = [layer.get_seq_length() for layer in cache.layers]
+    assert (sum(lengths) < sum(dense)) == declared
+    if declared:
+        assert [d - length for d, length in zip(dense, lengths, strict=True)] == [
+            round(bar.total - bar.kept) for bar in bars
+        ]
+
+
+def shrinks_weights(bench: Bench, declared: bool) -> None:
+    loaded = bench.load()
+    decoder = loaded.anatomy.decoder
+    assert decoder is not None
+    before = decoder.prunable_parameters()
+    dense = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    with bench.apply(loaded) as applied:
+        pruned = applied.loaded.anatomy.decoder
+        assert pruned is not None
+        after = pruned.prunable_parameters()
+        assert (after < before) == declared
+        assert after == applied.report.kept
+        assert sum(p.numel() for p in applied.model.parameters()) < sum(v.numel() for v in dense.values()) or not declared
+    for name, value in loaded.model.state_dict().items():
+        assert torch.equal(value, dense[name]), "the caller's own model was changed"
+
+
+def keeps_positions(bench: Bench, declared: bool) -> None:
+    loaded = bench.load()
+    inputs = data(bench, loaded)
+    assert loaded.anatomy.decoder is not None
+    seen: list[torch.Tensor] = []
+    with bench.apply(loaded) as applied:
+        hook = loaded.anatomy.decoder.layers[-1].module.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+        )
+        prefill(applied, inputs)
+        hook.remove()
+        kept = applied.kept[max(applied.kept)][0]  # type: ignore[attr-defined]
+    length = inputs["input_ids"].shape[1]
+    visual = (inputs["input_ids"][0] == loaded.anatomy.image_token_id).nonzero().squeeze(-1)
+    gone = set(visual.tolist()) - set(kept.tolist())
+    survivors = [place for place in range(length) if place not in gone]
+    assert gone
+    expected = survivors if declared else list(range(len(survivors)))
+    assert seen[0][0].tolist() == expected
+
+
+CHECKS: dict[str, dict[str, Callable[[Bench, bool], None]]] = {
+    "weights": {
+        "needs_attention_maps": needs_attention_maps,
+        "lossless": lossless,
+        "deterministic": deterministic,
+        "batchable": batchable,
+        "shrinks_sequence": shrinks_sequence,
+        "shrinks_weights": shrinks_weights,
+    },
+    "decoding": {
+        "needs_attention_maps": needs_attention_maps,
+        "lossless": lossless,
+        "deterministic": deterministic,
+        "batchable": batchable,
+        "shrinks_weights": shrinks_weights,
+    },
+    "visual-tokens": {
+        "query_aware": query_aware,
+        "needs_attention_maps": needs_attention_maps,
+        "lossless": lossless,
+        "deterministic": deterministic,
+        "batchable": batchable,
+        "shrinks_sequence": shrinks_sequence,
+        "shrinks_cache": shrinks_cache,
+        "keeps_positions": keeps_positions,
+    },
+    "encoder-tokens": {
+        "needs_attention_maps": needs_attention_maps,
+        "lossless": lossless,
+        "deterministic": deterministic,
+        "batchable": batchable,
+        "shrinks_sequence": shrinks_sequence,
+    },
+}
+"""Family -> property -> how it is executed."""
+
+
+def training_none(bench: Bench) -> None:
+    """``training = none``: applying and running changes no weight and leaves no gradient."""
+    loaded = bench.load()
+    before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    with bench.apply(loaded) as applied:
+        outcome(bench, applied)
+    assert all(parameter.grad is None for parameter in loaded.model.parameters())
+    for name, value in loaded.model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def acts_where_declared(bench: Bench) -> None:
+    """``before-llm``: layer 0 runs short. ``inside-llm``: layer 0 does not, a later one does (unless both)."""
+    loaded = bench.load()
+    terms = bench.cls.card().terms("where")
+    inputs = data(bench, loaded)
+    full = inputs["input_ids"].shape[1]
+    with bench.apply(loaded) as applied, layer_lengths(loaded) as lengths:
+        prefill(applied, inputs)
+    before, inside = lengths[0] < full, lengths[-1] < lengths[0]
+    assert before == bool({"before-llm", "after-encoder", "inside-encoder"} & set(terms))
+    assert inside == ("inside-llm" in terms)

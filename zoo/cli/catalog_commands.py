@@ -1,0 +1,222 @@
+"""``zoo catalog build | check | sql | path | export``: the catalogue as a file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json as json_text
+import sqlite3
+import sys
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from taxonomy import files, paths, queries
+from taxonomy.errors import CatalogError, QueryError
+from zoo.cli.output import Column, Json, counted, print_json, print_table
+
+if TYPE_CHECKING:
+    from taxonomy.catalog import Sources
+
+app = typer.Typer(
+    rich_markup_mode=None,
+    add_completion=False,
+    no_args_is_help=True,
+    help="Build, check, query or export the catalogue.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Target = Annotated[Path | None, typer.Option("--file", help="Another file than the zoo's own.")]
+
+
+def sources() -> Sources:
+    """The text sources, with the parameters of every implementation (which imports them, and torch)."""
+    from taxonomy.catalog import Sources, parameters_of
+    from zoo.method import implemented, method_class
+
+    slugs = [slug for slug in implemented() if (paths.CARDS / f"{slug}.toml").is_file()]
+    return Sources.load(slugs, {slug: parameters_of(method_class(slug)) for slug in slugs})
+
+
+@app.command()
+def build(file: Target = None) -> None:
+    """Build catalog.sqlite from cards, bibliography, measurements and implementations."""
+    from taxonomy.catalog import build
+
+    target = file or paths.catalog_file()
+    material = sources()
+    written = build(material, target)
+    size = target.stat().st_size / 2**20
+    state = "written" if written else "unchanged"
+    typer.echo(
+        f"{target}: {state}; {counted(len(material.cards), 'card')}, {len(material.implemented)} of them run, "
+        f"{counted(len(material.papers), 'paper')}, {counted(len(material.runs), 'reference run')}, {size:.1f} MiB"
+    )
+
+
+@app.command()
+def check(file: Target = None) -> None:
+    """Compare catalog.sqlite with what its sources say; exit with 1 when it differs."""
+    from taxonomy.catalog import check
+
+    target = file or paths.catalog_file()
+    difference = check(sources(), target)
+    if difference:
+        typer.echo(difference, err=True)
+        raise typer.Exit(1)
+    typer.echo(f"{target}: up to date")
+
+
+@app.command()
+def path(
+    runs: Annotated[bool, typer.Option("--runs", help="The file (or URL) of your own runs instead.")] = False,
+    json: Json = False,
+) -> None:
+    """Print where the catalogue is."""
+    if json:
+        print_json({"catalog": str(paths.catalog_file()), "runs": _own_place()})
+    else:
+        typer.echo(_own_place() if runs else str(paths.catalog_file()))
+
+
+def _own_place() -> str:
+    """The user's catalogue, without a password."""
+    place = paths.user_catalog()
+    if "://" in place:
+        from taxonomy.runs import shown
+
+        return shown(place)
+    return place
+
+
+_READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+_PRAGMAS = {
+    "data_version",
+    "table_info",
+    "table_xinfo",
+    "table_list",
+    "index_list",
+    "index_info",
+    "foreign_key_list",
+}
+
+
+def _only_reading(
+    action: int, first: str | None, second: str | None, database: str | None, trigger: str | None
+) -> int:
+    """SQLite asks before it compiles each part of a statement."""
+    if action in _READING or (action == sqlite3.SQLITE_PRAGMA and (first or "").lower() in _PRAGMAS):
+        return sqlite3.SQLITE_OK
+    return sqlite3.SQLITE_DENY
+
+
+@app.command()
+def sql(
+    query: Annotated[str, typer.Argument(help="One SELECT; - reads it from standard input.")],
+    file: Target = None,
+    json: Json = False,
+) -> None:
+    """Ask the catalogue in SQL, for reading only. Views: v_method, v_paper, v_claim, v_run, v_measurement.
+
+    Your own runs, when they are in a file, are attached as `own`: SELECT * FROM own.v_measurement.
+    """
+    text = sys.stdin.read() if query == "-" else query
+    db = queries.open_catalog(file)
+    own = paths.user_catalog()
+    if "://" not in own and Path(own).is_file():
+        files.connect(Path(own)).close()  # is it ours, and readable?
+        db.execute("ATTACH ? AS own", (f"{Path(own).as_uri()}?mode=ro",))
+    db.set_authorizer(_only_reading)
+    try:
+        cursor = db.execute(text)
+        names = [column[0] for column in cursor.description or ()]
+        rows = cursor.fetchall()
+    except (sqlite3.Error, sqlite3.Warning) as error:
+        only = " (the catalogue is open for reading only)" if "authorized" in str(error) else ""
+        raise QueryError(f"SQL: {error}{only}") from None
+    if json:
+        print_json([dict(zip(names, row, strict=True)) for row in rows])
+        return
+    columns = [Column(name) for name in names]
+    print_table(columns, [["" if value is None else str(value) for value in row] for row in rows])
+
+
+class Format(str, Enum):
+    """File formats of ``zoo catalog export``."""
+
+    csv = "csv"
+    json = "json"
+    bibtex = "bibtex"
+
+
+class What(str, Enum):
+    """What ``zoo catalog export`` writes."""
+
+    methods = "methods"
+    papers = "papers"
+    claims = "claims"
+    terms = "terms"
+    measurements = "measurements"
+
+
+_TABLES = {
+    What.methods: "v_method",
+    What.papers: "v_paper",
+    What.claims: "v_claim",
+    What.terms: "term",
+    What.measurements: "v_measurement",
+}
+
+
+@app.command()
+def export(
+    what: Annotated[What, typer.Argument(help="What to write.")] = What.methods,
+    format: Annotated[Format, typer.Option("--format", "-f", help="File format.")] = Format.csv,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File; standard output without it.")
+    ] = None,
+    file: Target = None,
+) -> None:
+    """Write methods, papers, claims, terms or reference measurements as CSV, JSON or BibTeX."""
+    db = queries.open_catalog(file)
+    text = _bibtex(db, what) if format is Format.bibtex else _flat(db, what, format)
+    if output is None:
+        sys.stdout.write(text)
+        return
+    try:
+        output.write_text(text, encoding="utf-8", newline="")
+    except OSError as error:
+        raise CatalogError(f"{output} cannot be written: {error.strerror or error}") from None
+
+
+def _flat(db: sqlite3.Connection, what: What, format: Format) -> str:
+    cursor = db.execute(f"SELECT * FROM {_TABLES[what]}")
+    names = [column[0] for column in cursor.description]
+    if format is Format.csv:
+        return _csv(names, cursor)
+    if what is What.methods:
+        values = queries.as_json(queries.find(db, kinds=queries.KINDS))
+    elif what is What.papers:
+        values = queries.as_json(queries.papers(db, limit=None))
+    else:
+        values = [dict(zip(names, row, strict=True)) for row in cursor]
+    return json_text.dumps(values, ensure_ascii=False, indent=1) + "\n"
+
+
+def _csv(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _bibtex(db: sqlite3.Connection, what: What) -> str:
+    if what is What.methods:
+        return "\n\n".join(row[0] for row in db.execute("SELECT bibtex FROM method ORDER BY slug")) + "\n"
+    if what is What.papers:
+        return "\n\n".join(queries.paper_bibtex(paper) for paper in queries.papers(db, limit=None)) + "\n"
+    raise QueryError(f"{what.value} cannot be written as BibTeX; methods and papers can")

@@ -1,0 +1,151 @@
+"""Family base of methods that shorten the sequence inside a vision encoder."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from zoo.engines.blocks import BlockReducer, BlockStage, BlockView
+from zoo.errors import Refused
+from zoo.interface import Applied, Method, refuse
+from zoo.models import LoadedModel
+from zoo.models.anatomy import Anatomy, Encoder
+from zoo.report import Bar, Report
+
+
+class EncoderTokenReducer(Method):
+    """A method that declares stages; see ``zoo.engines.blocks``.
+
+    Prefix tokens ([CLS], distillation token, registers) are the method's to protect: a view says how many there are.
+    """
+
+    phase = "encoder-tokens"
+    counts_sizes: ClassVar[bool] = False
+    """The method reads ``view.sizes``: how many original tokens each token stands for."""
+
+    restore: bool = Field(
+        False,
+        description="After the last block every position gets the value of the token that holds it: the output has "
+        "its full length again, for dense heads, mean pooling and language models.",
+    )
+
+    @abstractmethod
+    def stages(self, encoder: Encoder) -> list[BlockStage]:
+        """Where tokens leave, and by which rule. An empty list leaves the model as it is."""
+
+    def key_bias(self, view: BlockView) -> torch.Tensor | None:
+        """Bias on the attention logits of each key, ``[B, N]``; ``None`` for none. Not asked unless overridden."""
+        return None
+
+    def biases(self, encoder: Encoder) -> bool:
+        """True when ``key_bias`` may return something on this encoder."""
+        return type(self).key_bias is not EncoderTokenReducer.key_bias
+
+    def facts(self, reducer: BlockReducer) -> dict[str, float | int | str]:
+        """Figures of the latest input for the report: the paper's own budget, the variant that ran."""
+        return {}
+
+    def check(self, loaded: LoadedModel) -> None:
+        """Refuse models without an encoder, and vision-language models unless the output is restored."""
+        anatomy = loaded.anatomy
+        if anatomy.encoder is None:
+            raise refuse(self, "a vision encoder", f"the architecture {anatomy.description}")
+        if anatomy.kind == "vlm":
+            if not self.restore:
+                raise Refused(
+                    f"{self.slug} would give the language model fewer image features than its prompt has "
+                    "placeholders: set restore=true, or apply it to the vision encoder alone"
+                )
+            _read_block(self, anatomy)
+
+    def apply(self, loaded: LoadedModel, **resources: Any) -> AppliedEncoder:
+        """Hook ``loaded``; every input that follows is shortened until ``close``.
+
+        Raises:
+            Refused: the model lacks what the method needs, or another method is at work in its encoder.
+        """
+        self.check(loaded)
+        anatomy = loaded.anatomy
+        encoder = anatomy.encoder
+        assert encoder is not None
+        stages = self.stages(encoder)
+        restore = None
+        if self.restore:
+            restore = _read_block(self, anatomy) if anatomy.kind == "vlm" else len(encoder.blocks) - 1
+            stages = [stage for stage in stages if stage.block <= restore]
+        bias = self.key_bias if stages and self.biases(encoder) else None
+        return AppliedEncoder(
+            self, loaded, BlockReducer(encoder, stages, self.slug, bias, self.counts_sizes, restore)
+        )
+
+
+def _read_block(method: EncoderTokenReducer, anatomy: Anatomy) -> int:
+    """The block whose output the projector of a vision-language model reads."""
+    layer = anatomy.feature_layer
+    assert anatomy.encoder is not None
+    depth = len(anatomy.encoder.blocks)
+    if isinstance(layer, int):
+        block = (layer if layer >= 0 else depth + 1 + layer) - 1
+        if 0 <= block < depth:
+            return block
+    raise refuse(method, "a projector that reads the output of one encoder block", f"feature layers {layer}")
+
+
+class AppliedEncoder(Applied):
+    """An encoder method at work: call it like the model. ``report``, ``sources`` and ``unmerge`` speak of the latest
+    input that ran to its end, also after ``close``.
+    """
+
+    def __init__(self, method: EncoderTokenReducer, loaded: LoadedModel, reducer: BlockReducer) -> None:
+        super().__init__(method, loaded, reducer.close)
+        self.reducer = reducer
+        self._facts = method.facts
+
+    @property
+    def tokens_per_block(self) -> list[int]:
+        """Tokens that entered each block, prefix included."""
+        return self.reducer.tokens[:-1]
+
+    @property
+    def sources(self) -> torch.Tensor:
+        """How much of each input token is in each output token, ``[B, N_out, N_in]`` (prefix included, float32).
+
+        Drops and merges give 0 and 1. Drawn as a picture: output token k is the mean of the patches of row k.
+        """
+        return self.reducer.sources
+
+    def unmerge(self, x: torch.Tensor) -> torch.Tensor:
+        """Bring features of the output tokens back to all positions: ``[B, N_out, D]`` -> ``[B, N_in, D]``.
+
+        Every position gets the value of the token that holds it; dropped ones get zeros.
+
+        Raises:
+            BadInput: ``x`` does not have one row per output token, or nothing has run yet.
+        """
+        return self.reducer.unmerge(x)
+
+    @property
+    def report(self) -> Report:
+        """Tokens that entered each block (prefix included) for the latest input.
+
+        Raises:
+            BadInput: nothing has run yet.
+        """
+        tokens = self.tokens_per_block
+        total = tokens[0]
+        return Report(
+            method=self.method.name,
+            parameters=self.method.parameters(),
+            unit="tokens (mean over blocks)",
+            kept=sum(tokens) / len(tokens),
+            total=total,
+            bars={
+                "tokens per block": [
+                    Bar(label=str(block), kept=kept, total=total) for block, kept in enumerate(tokens)
+                ]
+            },
+            facts={"tokens left at the end": self.reducer.left, **self._facts(self.reducer)},
+        )

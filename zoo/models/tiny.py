@@ -1,0 +1,211 @@
+"""Tiny models with seeded random weights, one per architecture: built in milliseconds, without a file.
+
+They are for tests and for trying a method out. Text and pictures go in as with real models: each comes with a
+byte-level tokenizer, an image processor, or both.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoo.errors import BadInput
+from zoo.models.quiet import quiet_transformers
+
+PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
+_SPECIAL = (PAD, BOS, EOS, IMAGE)
+_PAD_ID, _BOS_ID, _EOS_ID, _IMAGE_ID = range(4)
+_VOCABULARY = 256 + len(_SPECIAL)
+
+_DECODER: dict[str, Any] = {
+    "vocab_size": _VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "pad_token_id": _PAD_ID,
+    "bos_token_id": _BOS_ID,
+    "eos_token_id": _EOS_ID,
+    "tie_word_embeddings": False,
+}
+_ENCODER: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 48,
+    "patch_size": 8,
+}
+
+
+def tiny_model(name: str, *, seed: int = 0, attention: str = "sdpa", **changes: Any) -> tuple[Any, Any]:
+    """Build one of the ``tiny-*`` models and its processor.
+
+    Args:
+        name: a name such as ``tiny-llama``.
+        seed: of the weights. The global random state is neither read nor changed.
+        attention: attention implementation of transformers.
+        changes: fields of the configuration to override (of the text configuration, for ``tiny-llava``), such as
+            ``num_hidden_layers=6``.
+
+    Returns:
+        The model (fp32, CPU, eval mode) and its tokenizer, image processor or multimodal processor.
+
+    Raises:
+        BadInput: there is no such tiny model, or transformers refuses the attention or a changed field.
+    """
+    if name not in _BUILDERS:
+        raise BadInput(f"there is no tiny model called '{name}'; there are {', '.join(_BUILDERS)}")
+    # Building initialises weights from the global generator, and we replace them from our own afterwards.
+    try:
+        with torch.random.fork_rng(devices=[]), quiet_transformers():
+            model, processor = _BUILDERS[name](changes)
+            model.set_attn_implementation(attention)
+    except (ValueError, ImportError) as error:
+        raise BadInput(f"{name} cannot be built so: {str(error).splitlines()[0]}") from None
+    _randomise(model, seed)
+    return model.eval(), processor
+
+
+@torch.no_grad()
+def _randomise(model: nn.Module, seed: int) -> None:
+    """Weights lively enough that attention, gates and norms matter (the usual std of 0.02 makes all tokens alike).
+
+    Matrices and filters ``[out, in, ...]`` get a standard deviation of ``fan_in ** -0.5``, so activations keep their
+    size, and so do the logits of a head tied to the embedding; embeddings of positions and special patches get 1, norms
+    and layer scales stay near one, biases are small but not zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(model.named_parameters()):
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim >= 2:
+            adds_to_patches = "position_embedding" in name or name.endswith("_token")
+            parameter.copy_(noise if adds_to_patches else noise / math.sqrt(parameter[0].numel()))
+        elif name.endswith(("weight", "lambda1")):
+            parameter.copy_(1 + 0.1 * noise)
+        else:
+            parameter.copy_(0.1 * noise)
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer without training: one token per UTF-8 byte, ``<s>`` in front, padding on the left."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ids = {token: index for index, token in enumerate((*_SPECIAL, *alphabet))}
+    tokenizer = Tokenizer(models.BPE(ids, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in _SPECIAL])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, _BOS_ID)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        additional_special_tokens=[IMAGE],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@cache
+def _image_processor(kind: str, size: int) -> Any:
+    """A stock image processor for square pictures of ``size`` pixels.
+
+    Made from its JSON form by the auto class, which picks the variant for the libraries at hand (torchvision or PIL).
+    """
+    from transformers import AutoImageProcessor
+
+    square = {"height": size, "width": size}
+    fields = {"image_processor_type": kind, "do_convert_rgb": True, "size": square, "crop_size": square}
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(fields), encoding="utf-8")
+        return AutoImageProcessor.from_pretrained(folder)
+
+
+def _decoder(kind: str, **own: Any) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
+    def build(changes: dict[str, Any]) -> tuple[Any, Any]:
+        import transformers
+
+        config = getattr(transformers, f"{kind}Config")(**{**_DECODER, **own, **changes})
+        return getattr(transformers, f"{kind}ForCausalLM")(config), byte_tokenizer()
+
+    return build
+
+
+def _encoder(
+    kind: str, processor: str, suffix: str = "Model", **own: Any
+) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
+    def build(changes: dict[str, Any]) -> tuple[Any, Any]:
+        import transformers
+
+        config = getattr(transformers, f"{kind}Config")(**{**_ENCODER, **own, **changes})
+        model = getattr(transformers, f"{kind}{suffix}")(config)
+        return model, _image_processor(processor, config.image_size)
+
+    return build
+
+
+def _llava(changes: dict[str, Any]) -> tuple[Any, Any]:
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    vision = CLIPVisionConfig(**_ENCODER)
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(**{**_DECODER, **changes}),
+        image_token_id=_IMAGE_ID,
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    processor = LlavaProcessor(
+        image_processor=_image_processor("CLIPImageProcessor", vision.image_size),
+        tokenizer=byte_tokenizer(),
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy="default",
+        image_token=IMAGE,
+        num_additional_image_tokens=1,  # [CLS], which the model drops again
+    )
+    model = LlavaForConditionalGeneration(config)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(model.generation_config, name, getattr(config.text_config, name))
+    return model, processor
+
+
+_BUILDERS: dict[str, Callable[[dict[str, Any]], tuple[Any, Any]]] = {
+    "tiny-llama": _decoder("Llama"),
+    "tiny-llama-mha": _decoder("Llama", num_key_value_heads=4),
+    "tiny-qwen2": _decoder("Qwen2", tie_word_embeddings=True),
+    "tiny-qwen3": _decoder("Qwen3", head_dim=24),
+    "tiny-mistral": _decoder("Mistral", sliding_window=None),
+    "tiny-vit": _encoder("ViT", "ViTImageProcessor", "ForImageClassification", num_labels=10),
+    "tiny-deit": _encoder("DeiT", "DeiTImageProcessor"),
+    "tiny-dinov2": _encoder("Dinov2", "BitImageProcessor", mlp_ratio=2),
+    "tiny-dinov2-registers": _encoder(
+        "Dinov2WithRegisters", "BitImageProcessor", mlp_ratio=2, num_register_tokens=4
+    ),
+    "tiny-clip": _encoder("CLIPVision", "CLIPImageProcessor"),
+    "tiny-siglip": _encoder("SiglipVision", "SiglipImageProcessor"),
+    "tiny-llava": _llava,
+}

@@ -1,0 +1,563 @@
+"""The main job: one method, or a stack, on one model, measured beside the unmodified model.
+
+``run`` is what ``zoo run`` calls::
+
+    record = zoo.run.run("flap", "smollm2-135m", parameters={"sparsity": 0.3})
+    for row in record.comparisons:
+        print(row.quantity, row.gain, row.bound)
+
+What can be refused without loading the model is refused first: unknown methods, wrong parameters, missing files,
+targets that cannot be written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from zoo.bench.record import PROTOCOL, ModelFacts, RunRecord
+from zoo.bench.settings import Settings
+from zoo.errors import BadInput, Refused, RunFailed
+from zoo.interface import Method, Stack
+from zoo.interface import method as make_method
+
+if TYPE_CHECKING:
+    import torch
+
+    from zoo.bench.session import Arm, Progress, Session
+    from zoo.models import LoadedModel
+
+Kind = Literal["text", "vlm", "image"]
+
+DEFAULT_MODELS: dict[Kind, str] = {
+    "text": "smollm2-135m",
+    "image": "dinov2-small-saliency",
+    "vlm": "tiny-llava",
+}
+"""What a method runs on when no model is named. No registry carries a pretrained VLM, hence a random one."""
+
+PROMPT = "Explain in a few sentences why the sky is blue during the day and red at sunset."
+QUESTION = "What can be seen in this picture?"
+PICTURES = ("china", "flower")
+CALIBRATION_WINDOWS = 64
+CALIBRATION_LENGTH = 128
+
+_KINDS: dict[str, Kind] = {"decoder": "text", "encoder": "image", "vlm": "vlm"}
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a run; ``record`` holds what was finished, and is stored already."""
+
+    def __init__(self, record: RunRecord) -> None:
+        super().__init__()
+        self.record = record
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that is asked of a run besides method and model.
+
+    Attributes:
+        parameters: the method's hyper-parameters, as given.
+        prompt: text for generation; ``None`` = a default of the family.
+        raw: feed the prompt as it is, without the model's chat template.
+        images: picture files, or names of packaged pictures.
+        calibration: a text file for weight methods; ``None`` = packaged news.
+        calibration_windows: windows of ``CALIBRATION_LENGTH`` tokens drawn from it.
+        draft: draft model of decoders that need one.
+        device, dtype: as in ``load_model``; ``None`` = its defaults.
+        seed: of calibration windows and of everything random.
+        save: folder for the pruned model; must not exist, or be empty.
+        report: folder for ``report.html`` and ``record.json``.
+        store: keep the record in the user's catalogue.
+    """
+
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    prompt: str | None = None
+    raw: bool = False
+    images: Sequence[str] = ()
+    calibration: Path | None = None
+    calibration_windows: int = CALIBRATION_WINDOWS
+    draft: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    seed: int = 0
+    save: Path | None = None
+    report: Path | None = None
+    store: bool = True
+
+
+def run(
+    spec: str | Method | Stack,
+    model: str | LoadedModel | None = None,
+    request: Request | None = None,
+    *,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+    **more: Any,
+) -> RunRecord:
+    """Apply a method to a model and measure both side by side.
+
+    Args:
+        spec: a method, a slug, or slugs joined by ``+``.
+        model: reference or loaded model; ``None`` = the default of the method's family.
+        request: prompt, pictures, calibration, seed, targets ...
+        settings: how much to measure.
+        progress: called as the work goes on.
+        more: fields of ``Request`` by name, as ``parameters={"sparsity": 0.3}``.
+
+    Returns:
+        The record. It is stored in the user's catalogue unless ``store=False``.
+
+    Raises:
+        BadInput: (and its kinds) what is asked for cannot be; nothing has been done.
+        RunFailed: the work itself failed.
+        RunInterrupted: Ctrl-C; carries the record of what was finished.
+    """
+    if request is None:
+        request = Request(**more)
+    elif more:
+        raise TypeError("give either a Request or its fields, not both")
+    method = make_method(spec, **request.parameters) if isinstance(spec, str) else spec
+    methods = method.methods if isinstance(method, Stack) else [method]
+    kind = _kind(methods, model)
+    _check_request(request, methods, kind)
+
+    # Torch is imported from here on: the refusals above are instant.
+    from zoo.bench.session import Session
+
+    job = _Job(method, methods, kind, request, settings or Settings(), progress or (lambda *_: None))
+    loaded = job.load(model)
+    session = Session(job.record, job.settings, loaded.device, job.progress)
+    begun = time.perf_counter()
+    try:
+        job.measure(session, loaded)
+    except KeyboardInterrupt:
+        job.record.status = "interrupted"
+        job.finish(begun)
+        raise RunInterrupted(job.record) from None
+    except BadInput:
+        raise
+    except Exception as error:
+        failure = _in_one_line(error)
+        job.record.status, job.record.error = "failed", str(failure)
+        job.finish(begun)
+        if failure is error:
+            raise
+        raise failure from None
+    job.finish(begun)
+    return job.record
+
+
+def _in_one_line(error: Exception) -> Exception:
+    """What a full machine says, as a sentence; anything else is a bug and stays what it is."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return RunFailed("the machine ran out of memory; use a smaller model, --dtype bfloat16 or shorter inputs")
+    return error
+
+
+def _kind(methods: Sequence[Method], model: str | LoadedModel | None) -> Kind:
+    """What the methods act on. A short name of another kind of model is refused before it is loaded."""
+    phases = {method.phase for method in methods}
+    if "visual-tokens" in phases:
+        kind: Kind = "vlm"
+    elif "encoder-tokens" in phases:
+        kind = "image"
+    else:
+        kind = "text"
+    if isinstance(model, str):
+        from zoo.models.names import KNOWN
+
+        known = KNOWN.get(model)
+        given = None if known is None else _KINDS[known.kind]
+    else:
+        given = None if model is None else _KINDS[model.anatomy.kind]
+    if given in (None, kind):
+        return kind
+    if given == "vlm" and (kind == "image" or "decoding" in phases):
+        return "vlm"
+    names = "+".join(method.slug for method in methods)
+    wants = {"text": "a language model", "image": "a vision encoder", "vlm": "a vision-language model"}
+    ref = model if isinstance(model, str) else getattr(model, "ref", "this model")
+    raise Refused(
+        f"{names} works on {wants[kind]}, and {ref} is {wants[given]}; zoo models lists models of each kind"  # type: ignore[index]
+    )
+
+
+def _check_request(request: Request, methods: Sequence[Method], kind: Kind) -> None:
+    """Refuse, before any work, what does not fit the method, and files that are not there or cannot be written."""
+    names = "+".join(method.slug for method in methods)
+    prunes = any(method.phase == "weights" for method in methods)
+    drafts = [method for method in methods if method.phase == "decoding"]
+    if request.images and kind == "text":
+        raise BadInput(f"{names} works on text; leave out the image")
+    if request.prompt is not None and kind == "image":
+        raise BadInput(f"{names} works on images; leave out the prompt")
+    if request.prompt is not None and not request.prompt.strip():
+        raise BadInput("the prompt is empty; give some text")
+    if request.calibration is not None and not prunes:
+        raise BadInput(f"{names} needs no calibration text; leave it out")
+    if request.save is not None and not prunes:
+        raise BadInput(f"{names} changes how a model runs, not its weights: there is nothing to save")
+    if request.draft is not None and not drafts:
+        raise BadInput(f"{names} drafts nothing; leave out the draft model")
+    if request.calibration is not None and not request.calibration.is_file():
+        raise BadInput(f"there is no calibration file {request.calibration}")
+    if request.calibration_windows < 1:
+        raise BadInput("at least one calibration window is needed")
+    for place, what in ((request.save, "the pruned model"), (request.report, "the report")):
+        if place is not None:
+            _check_target(place, what, must_be_new=what == "the pruned model")
+
+
+def _check_target(folder: Path, what: str, *, must_be_new: bool) -> None:
+    """Raise ``BadInput`` unless ``folder`` can be made (or written into)."""
+    if folder.exists():
+        if not folder.is_dir():
+            raise BadInput(f"{folder} is a file; name a folder for {what}")
+        if must_be_new and any(folder.iterdir()):
+            raise BadInput(f"{folder} is not empty; name a new folder for {what}")
+    home = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+        raise BadInput(f"{what} cannot be written to {folder}: {home} is not a folder that may be written")
+
+
+class _Job:
+    """One run, from loading to the stored record."""
+
+    def __init__(
+        self,
+        method: Method | Stack,
+        methods: list[Method],
+        kind: Kind,
+        request: Request,
+        settings: Settings,
+        progress: Progress,
+    ) -> None:
+        self.method = method
+        self.methods = methods
+        self.kind = kind
+        self.request = request
+        self.settings = settings
+        self.progress = progress
+        self.record: RunRecord
+        self.draft: LoadedModel | None = None
+
+    @property
+    def phases(self) -> set[str]:
+        return {method.phase for method in self.methods}
+
+    # --- loading ----------------------------------------------------------------------------------------------
+
+    def load(self, model: str | LoadedModel | None) -> LoadedModel:
+        """Load the model (and the draft model), let the methods look at it, and begin the record."""
+        from zoo.bench.environment import environment
+        from zoo.models.loading import load_model
+
+        request = self.request
+        if model is None:
+            model = DEFAULT_MODELS[self.kind]
+        if isinstance(model, str):
+            self.progress(f"loading {model}", 0, 0)
+            model = load_model(model, device=request.device, dtype=request.dtype)
+        self.method.check(model)
+        if request.draft is not None:
+            self.progress(f"loading {request.draft}", 0, 0)
+            self.draft = load_model(request.draft, device=str(model.device), dtype=model.dtype)
+        config = model.model.config
+        device = str(model.device)
+        self.record = RunRecord(
+            key=uuid.uuid4().hex,
+            protocol=PROTOCOL,
+            method=self.method.name,
+            parameters=self.method.parameters(),
+            model=ModelFacts(
+                ref=model.ref,
+                revision=model.revision,
+                architecture=config.model_type,
+                facts={name: value for name, value in model.facts.items() if _is_json(value)},
+            ),
+            started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            device=device,
+            dtype=str(model.dtype).removeprefix("torch."),
+            seed=request.seed,
+            environment=environment(device, getattr(config, "_attn_implementation", None)),
+            command=command_line(self.method.name, model.ref, request, self.settings),
+        )
+        caveat = model.facts.get("caveat")
+        if caveat:
+            self.record.notes.append(str(caveat))
+        return model
+
+    # --- measuring --------------------------------------------------------------------------------------------
+
+    def measure(self, session: Session, loaded: LoadedModel) -> None:
+        """Apply and measure, scenario by scenario."""
+        import torch
+
+        from zoo.bench.session import Arm
+        from zoo.models.quiet import quiet_transformers
+
+        cuda = [loaded.device] if loaded.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda), quiet_transformers():
+            torch.manual_seed(self.request.seed)
+            text = self._text_inputs(loaded) if self.kind != "image" else None
+            pixels = self._pixels(loaded) if self.kind == "image" else None
+            own = loaded
+            if "weights" in self.phases:
+                own = self._prune(session, loaded, text)
+            rest = [method for method in self.methods if method.phase != "weights"]
+            if not rest:
+                return
+            dense = Arm(loaded)
+            arm = Arm(own, rest, {method.slug: self._resources(method) for method in rest})
+            if pixels is not None:
+                from zoo.bench.scenarios import measure_encoder_tokens
+
+                measure_encoder_tokens(session, dense, arm, pixels)
+                return
+            assert text is not None
+            if self.phases & {"visual-tokens", "encoder-tokens"}:
+                self._measure_visual(session, dense, arm, text)
+            if "decoding" in self.phases:
+                from zoo.bench.scenarios import measure_decoding
+
+                measure_decoding(
+                    session, dense, arm, self._prompt, text, same_weights=self.phases == {"decoding"}
+                )
+
+    def _measure_visual(self, session: Session, dense: Arm, arm: Arm, inputs: Mapping[str, Any]) -> None:
+        from zoo.bench.scenarios import measure_visual_tokens
+        from zoo.models.names import KNOWN
+
+        known = KNOWN.get(dense.loaded.ref)
+        random = known is not None and known.random
+        if random:
+            session.note(
+                f"The weights of {dense.loaded.ref} are random: selection, lengths, memory and time are real, "
+                "what it writes means nothing."
+            )
+        measure_visual_tokens(session, dense, arm, self._prompt, inputs, random=random)
+
+    def _resources(self, method: Method) -> dict[str, Any]:
+        if method.phase == "decoding" and self.draft is not None:
+            return {"draft": self.draft}
+        return {}
+
+    def _prune(self, session: Session, loaded: LoadedModel, text: Mapping[str, Any] | None) -> LoadedModel:
+        """Prune, save when asked, measure; returns the pruned model."""
+        from zoo.bench.scenarios import measure_weights
+        from zoo.data import load_texts
+
+        request = self.request
+        heldout, task = self._heldout(loaded)
+        calibration = None if request.calibration is None else load_texts(request.calibration)
+        length = min(CALIBRATION_LENGTH, _context(loaded))
+        self.record.inputs |= {
+            "calibration": "news, calibration split" if calibration is None else str(request.calibration),
+            "calibration windows": [request.calibration_windows, length],
+            "held-out text": task,
+        }
+        pruner = next(method for method in self.methods if method.phase == "weights")
+        what = f"pruning with {pruner.slug}"
+        self.progress(what, 0, 0)
+        applied = pruner.apply(
+            loaded,
+            calibration=calibration,
+            samples=request.calibration_windows,
+            length=length,
+            seed=request.seed,
+            progress=lambda done, total: self.progress(what, done, total),
+        )
+        self.record.reports.append(applied.report)
+        if request.save is not None:
+            self.progress(f"saving to {request.save}", 0, 0)
+            self.record.saved = str(applied.save(request.save))
+        assert text is not None
+        measure_weights(session, loaded, applied.loaded, heldout, task, self._prompt, text)
+        return applied.loaded
+
+    # --- inputs -----------------------------------------------------------------------------------------------
+
+    @property
+    def _prompt(self) -> str:
+        return str(self.record.inputs["prompt"])
+
+    def _heldout(self, loaded: LoadedModel) -> tuple[torch.Tensor, str]:
+        """Consecutive windows of the packaged held-out news: ids ``[windows, T]`` and their description."""
+        import torch
+
+        from zoo.data import load_texts
+
+        if loaded.tokenizer is None:
+            raise BadInput(f"{loaded.ref} has no tokenizer, so there is no text to measure it on")
+        text = "\n\n".join(load_texts("news", split="heldout"))
+        ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        length = min(self.settings.window, _context(loaded))
+        count = min(self.settings.windows, len(ids) // length)
+        if count < 1:
+            raise BadInput(f"the held-out text has {len(ids)} tokens, fewer than one window of {length}")
+        return torch.tensor(ids[: count * length]).view(count, length), f"news, {count} x {length} tokens"
+
+    def _text_inputs(self, loaded: LoadedModel) -> dict[str, Any]:
+        """What ``generate`` takes for the prompt (and picture), on the model's device, batch 1."""
+        from zoo.bench.scenarios.decoding import NEW_TOKENS
+
+        request = self.request
+        if self.kind == "vlm":
+            prompt, inputs = request.prompt or QUESTION, self._vlm_inputs(loaded)
+        else:
+            if loaded.tokenizer is None:
+                raise BadInput(f"{loaded.ref} has no tokenizer, so it cannot read a prompt")
+            prompt = request.prompt or self._default_prompt()
+            inputs = _tokens(loaded.tokenizer, prompt, request.raw)
+        self.record.inputs["prompt"] = prompt
+        room = _context(loaded) - (self.settings.new_tokens or NEW_TOKENS)
+        length = inputs["input_ids"].shape[1]
+        if length > room:
+            raise BadInput(
+                f"the prompt has {length} tokens, and {loaded.ref} has room for {max(0, room)} beside the answer; "
+                "shorten it, or lower --max-new-tokens"
+            )
+        self.record.inputs["prompt tokens"] = length
+        return {
+            name: value.to(loaded.device, loaded.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
+
+    def _default_prompt(self) -> str:
+        if "decoding" in self.phases:
+            from zoo.data import COPY_HEAVY_PROMPT
+
+            return COPY_HEAVY_PROMPT
+        return PROMPT
+
+    def _vlm_inputs(self, loaded: LoadedModel) -> Any:
+        processor = loaded.processor
+        prompt = self.request.prompt or QUESTION
+        (picture,) = self._pictures(1)
+        if getattr(processor, "chat_template", None) and not self.request.raw:
+            content = [{"type": "image"}, {"type": "text", "text": prompt}]
+            written = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        else:
+            written = f"{getattr(processor, 'image_token', '<image>')}\n{prompt}\n"
+        return processor(text=written, images=picture, return_tensors="pt")
+
+    def _pixels(self, loaded: LoadedModel) -> dict[str, Any]:
+        if loaded.processor is None:
+            raise BadInput(f"{loaded.ref} has no image processor, so it cannot read a picture")
+        pictures = self._pictures(None)
+        values = loaded.processor(images=pictures, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": values.to(loaded.device, loaded.dtype)}
+
+    def _pictures(self, count: int | None) -> list[Any]:
+        """The pictures asked for, or packaged ones."""
+        from zoo.data import load_picture
+
+        names = list(self.request.images) or list(PICTURES[: count or len(PICTURES)])
+        if count is not None and len(names) != count:
+            raise BadInput(f"{len(names)} images were given; give one")
+        self.record.inputs["images"] = names
+        return [load_picture(name) for name in names]
+
+    # --- the end ----------------------------------------------------------------------------------------------
+
+    def finish(self, begun: float) -> None:
+        """Complete the record, write the report, store the run. A catalogue that refuses costs no figures."""
+        record, request = self.record, self.request
+        record.seconds = round(time.perf_counter() - begun, 3)
+        record.inputs["settings"] = vars(self.settings).copy()
+        if request.store:
+            from taxonomy.errors import TaxonomyError
+            from taxonomy.runs import record_run
+
+            try:
+                record_run(stored_form(record))
+            except TaxonomyError as error:
+                record.notes.append(f"This run could not be stored in the catalogue: {error}")
+        if request.report is not None:
+            from zoo.html_report import write_report
+
+            write_report(record, request.report)
+
+
+def stored_form(record: RunRecord) -> dict[str, Any]:
+    """The record as ``taxonomy.runs.record_run`` takes it."""
+    body = record.model_dump(mode="json")
+    reports = body["reports"]
+    return {
+        **{
+            name: body[name]
+            for name in (
+                "key", "method", "started", "seconds", "environment", "parameters",
+                "inputs", "seed", "dtype", "device", "status", "error", "protocol",
+            )
+        },
+        "model": record.model.ref,
+        "model_revision": record.model.revision or "",
+        "model_facts": {"architecture": record.model.architecture, **record.model.facts},
+        "report": reports[0] if len(reports) == 1 else {"reports": reports} if reports else None,
+        "measurements": list(record.measurements()),
+    }  # fmt: skip
+
+
+def command_line(name: str, ref: str, request: Request, settings: Settings) -> str:
+    """The shell command that repeats a run."""
+    words = ["zoo", "run", name, "--model", ref]
+    for key, value in request.parameters.items():
+        words += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
+    flags: list[tuple[str, Any, Any]] = [
+        ("--prompt", request.prompt, None),
+        ("--calibration", request.calibration, None),
+        ("--calibration-windows", request.calibration_windows, CALIBRATION_WINDOWS),
+        ("--draft", request.draft, None),
+        ("--device", request.device, None),
+        ("--dtype", request.dtype, None),
+        ("--seed", request.seed, 0),
+        ("--max-new-tokens", settings.new_tokens, None),
+        ("--repeats", settings.repeats, Settings().repeats),
+        ("--seconds", settings.seconds, Settings().seconds),
+        *(("--image", image, None) for image in request.images),
+    ]
+    for flag, value, default in flags:
+        if value != default:
+            words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+    if request.raw:
+        words.append("--raw")
+    return shlex.join(words)
+
+
+def _tokens(tokenizer: Any, prompt: str, raw: bool) -> dict[str, Any]:
+    """The prompt as ids and mask ``[1, T]``; in the model's chat template when it has one."""
+    if getattr(tokenizer, "chat_template", None) and not raw:
+        return dict(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+        )
+    found = tokenizer(prompt, return_tensors="pt")
+    return {name: found[name] for name in ("input_ids", "attention_mask")}
+
+
+def _context(loaded: LoadedModel) -> int:
+    """Positions the model has; a large number where it states none."""
+    config = loaded.model.config.get_text_config(decoder=True)
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
