@@ -29,7 +29,7 @@ PATCHES = 16
 NEW = 6
 
 
-def build(dtype: torch.dtype = torch.float32, text: str = "llama", layers: int = 4) -> LoadedModel:
+def build(dtype: torch.dtype = torch.float32, text: str = "llama", spread: float = 0.4) -> LoadedModel:
     torch.manual_seed(5)
     vision = CLIPVisionConfig(
         hidden_size=32,
@@ -43,11 +43,11 @@ def build(dtype: torch.dtype = torch.float32, text: str = "llama", layers: int =
     language = config_class(
         hidden_size=48,
         intermediate_size=96,
-        num_hidden_layers=layers,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=64,
-        initializer_range=0.4,
+        initializer_range=spread,
         eos_token_id=None,
         bos_token_id=None,
         pad_token_id=0,
@@ -268,7 +268,7 @@ def test_cache_lengths_and_layer_inputs_are_those_of_the_report(slug: str) -> No
 
 
 def test_an_eager_row_equals_the_probed_one() -> None:
-    loaded = build()
+    loaded = build(spread=0.1)
     data = single(inputs(2), 1)
     language = loaded.model.model.language_model
     seen = []
@@ -276,7 +276,7 @@ def test_an_eager_row_equals_the_probed_one() -> None:
     with torch.no_grad():
         loaded.model(**data)
     detach()
-    eager = build()
+    eager = build(spread=0.1)
     eager.model.set_attn_implementation("eager")
     with torch.no_grad():
         full = eager.model(**data, output_attentions=True).attentions[1]
@@ -285,14 +285,14 @@ def test_an_eager_row_equals_the_probed_one() -> None:
 
 
 def test_a_probed_row_of_a_padded_batch_equals_eager() -> None:
-    loaded = build()
+    loaded = build(spread=0.1)
     data = inputs(3)
     seen = []
     detach = tap_attention(loaded.model.model.language_model.layers[2].self_attn, seen.append)
     with torch.no_grad():
         loaded.model(**data)
     detach()
-    eager = build()
+    eager = build(spread=0.1)
     eager.model.set_attn_implementation("eager")
     with torch.no_grad():
         full = eager.model(**data, output_attentions=True).attentions[2]

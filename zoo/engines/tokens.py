@@ -111,6 +111,8 @@ class _Pass:
     valid: torch.Tensor
     segments: list[_Segment]
     seen: dict[int, Seen] = field(default_factory=dict)
+    deep: list[torch.Tensor] = field(default_factory=list)
+    """Visual features still to be added after layer 0, 1, ... (DeepStack), on the current sequence ``[B, L, D]``."""
     prefill: bool = True
 
 
@@ -184,6 +186,8 @@ class TokenReducer:
         for number, layer in enumerate(self.decoder.layers):
             if inside and number >= min(inside):
                 keep(layer.module.register_forward_pre_hook(self._on_layer(number), with_kwargs=True))
+            if self.stages:
+                keep(layer.module.register_forward_hook(self._after_layer(number)))
         for number in sorted({layer for stage in self.stages for layer in stage.observes}):
             self._undo.append(
                 tap_attention(self.decoder.layers[number].attention.module, self._on_attention(number))
@@ -265,6 +269,16 @@ class TokenReducer:
 
         return hook
 
+    def _after_layer(self, number: int) -> Callable[[torch.nn.Module, Any, Any], torch.Tensor | None]:
+        def hook(module: torch.nn.Module, args: Any, output: Any) -> torch.Tensor | None:
+            current = self._current
+            if current is None or not current.prefill or number >= len(current.deep):
+                return None
+            result: torch.Tensor = output + current.deep[number]
+            return result
+
+        return hook
+
     # --- prefill ----------------------------------------------------------------------------------------------
 
     def _begin(self, kwargs: dict[str, Any]) -> _Pass:
@@ -289,11 +303,24 @@ class TokenReducer:
         self.kept = {}
         self.visual_total = start.visual.sum(1)
         self.visual_per_layer = self.visual_total.unsqueeze(1).repeat(1, len(self.decoder.layers))
+        self._take_deep_features(current, kwargs, visual)
         for stage in self.stages:
             if stage.layer == -1:
                 kwargs["inputs_embeds"] = self._shorten(current, stage, embeds)
                 self._cut_model_inputs(current, kwargs)
         return current
+
+    def _take_deep_features(self, current: _Pass, kwargs: dict[str, Any], visual: torch.Tensor) -> None:
+        """DeepStack models add visual features after their first layers, at full length: do it on the short one."""
+        features = kwargs.get("deepstack_visual_embeds")
+        if features is None or not self.stages:
+            return
+        embeds = kwargs["inputs_embeds"]
+        for level in features:
+            dense = torch.zeros_like(embeds)
+            dense[visual] = level.to(embeds.device, embeds.dtype)
+            current.deep.append(dense)
+        kwargs["deepstack_visual_embeds"] = kwargs["visual_pos_masks"] = None
 
     def _shorten(self, current: _Pass, stage: Stage, hidden: torch.Tensor) -> torch.Tensor:
         """Run one stage: ask the method, build the shorter sequence, remember what went."""
@@ -305,7 +332,7 @@ class TokenReducer:
             places = before.visual[sample].nonzero().squeeze(-1)
             others = (before.valid[sample] & ~before.visual[sample]).nonzero().squeeze(-1)
             if not len(places):
-                rows.append(_Row(others, torch.zeros_like(others, dtype=torch.bool), None))
+                rows.append(_Row(others, torch.zeros_like(others, dtype=torch.bool), None, places))
                 continue
             view = View(
                 tokens=hidden[sample, places],
@@ -325,13 +352,14 @@ class TokenReducer:
         for layer in stage.observes:
             current.seen.pop(layer, None)
         if all(
-            row.values is None and torch.equal(row.place, before.valid[b].nonzero().squeeze(-1))
+            row.combine is None and torch.equal(row.place, before.valid[b].nonzero().squeeze(-1))
             for b, row in enumerate(rows)
         ):
             return hidden
-        segment, hidden = _assemble(stage.layer, before, current, rows, hidden)
+        segment, index = _assemble(stage.layer, before, current, rows)
         current.segments.append(segment)
-        return hidden
+        current.deep = [_reduced(features, rows, index, segment) for features in current.deep]
+        return _reduced(hidden, rows, index, segment)
 
     def _cut_model_inputs(self, current: _Pass, kwargs: dict[str, Any]) -> None:
         """Mask and positions of the whole decoder, after a stage before the LLM."""
@@ -343,7 +371,7 @@ class TokenReducer:
         dtype = torch.long if given is None else given.dtype
         kwargs["attention_mask"] = segment.valid.to(dtype)
         positions = kwargs.get("position_ids")
-        if self.positions == "renumber":
+        if self._renumbers(positions):
             kwargs["position_ids"] = (segment.valid.long().cumsum(1) - 1).clamp(min=0)
             return
         if positions is None:
@@ -368,7 +396,7 @@ class TokenReducer:
                 (segment.valid, segment.valid.new_ones(len(segment.valid), fresh)), dim=1
             ).long()
         positions = kwargs.get("position_ids")
-        if self.positions == "renumber":
+        if self._renumbers(positions):
             if positions is not None:
                 kwargs["position_ids"] = positions - segment.removed.view(-1, 1)
         elif positions is None:
@@ -415,16 +443,12 @@ class TokenReducer:
             mask = _cut_columns(mask, local, segment.valid, outer.columns.shape[1])
         result: dict[str, Any] = {"attention_mask": mask}
         moved = segment.removed - outer.removed
-        if current.prefill and positions is not None:
-            positions = _gather_last(positions, local)
+        if current.prefill:
+            positions = None if positions is None else _gather_last(positions, local)
             if rotary is not None:
-                rotary = tuple(  # type: ignore[assignment]
-                    part.expand(len(local), -1, -1).gather(
-                        1, local.unsqueeze(-1).expand(-1, -1, part.shape[-1])
-                    )
-                    for part in rotary
-                )
-        if self.positions == "renumber" and positions is not None and rotary is not None:
+                cos, sin = rotary
+                rotary = (_gather_rows(cos, local), _gather_rows(sin, local))
+        if self._renumbers(positions) and positions is not None and rotary is not None:
             if current.prefill:
                 positions = (segment.valid.long().cumsum(1) - 1).clamp(min=0)
             else:
@@ -432,6 +456,10 @@ class TokenReducer:
             assert self.decoder.rotary is not None
             rotary = self.decoder.rotary(hidden, position_ids=positions)
         return {**result, "position_ids": positions, "position_embeddings": rotary}
+
+    def _renumbers(self, positions: torch.Tensor | None) -> bool:
+        """Places in an image grid (M-RoPE, three or four rows) are never renumbered: they would lose their meaning."""
+        return self.positions == "renumber" and (positions is None or positions.dim() == 2)
 
     def _padding_mask(self, segment: _Segment, hidden: torch.Tensor) -> torch.Tensor | None:
         """``None`` was right for the full sequence; samples that keep different numbers need a mask."""
@@ -461,8 +489,10 @@ class _Row:
 
     place: torch.Tensor
     visual: torch.Tensor
-    values: torch.Tensor | None
-    """New values of the visual tokens ``[K, D]`` in sequence order; ``None`` when they are unchanged."""
+    combine: Callable[[torch.Tensor], torch.Tensor] | None
+    """Old values of the visual tokens ``[N, D]`` to new ones ``[K, D]``, in sequence order; ``None`` = unchanged."""
+    before: torch.Tensor
+    """Places of the visual tokens before, ``[N]``."""
 
 
 def _arrange(reduction: Reduction, view: View) -> _Row:
@@ -477,32 +507,37 @@ def _arrange(reduction: Reduction, view: View) -> _Row:
     place = torch.cat((anchor, view.text_index))
     order = torch.cat((starts[reduction.anchor[0]], view.text_index)).argsort(stable=True)
     visual = order < len(anchor)
-    values = None
-    if not isinstance(reduction, Keep):
-        values = reduction.apply(view.tokens.unsqueeze(0))[0][order[visual]]
-    return _Row(place[order], visual, values)
+    if isinstance(reduction, Keep):
+        return _Row(place[order], visual, None, view.index)
+    chosen = order[visual]
+    return _Row(place[order], visual, lambda x: reduction.apply(x.unsqueeze(0))[0][chosen], view.index)
 
 
 def _assemble(
-    first: int, before: _Segment, current: _Pass, rows: list[_Row], hidden: torch.Tensor
+    first: int, before: _Segment, current: _Pass, rows: list[_Row]
 ) -> tuple[_Segment, torch.Tensor]:
-    """Left-pad the rows to one length and gather the hidden states."""
+    """Left-pad the rows to one length; also the current place of each token ``[B, L]``."""
+    device = before.columns.device
     length = max(len(row.place) for row in rows)
-    batch = len(rows)
-    index = torch.zeros(batch, length, dtype=torch.long, device=hidden.device)
-    valid = torch.zeros(batch, length, dtype=torch.bool, device=hidden.device)
+    index = torch.zeros(len(rows), length, dtype=torch.long, device=device)
+    valid = torch.zeros(len(rows), length, dtype=torch.bool, device=device)
     visual = torch.zeros_like(valid)
     for sample, row in enumerate(rows):
         pad = length - len(row.place)
         index[sample, pad:] = row.place
         valid[sample, pad:] = True
         visual[sample, pad:] = row.visual
-    hidden = hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-    for sample, row in enumerate(rows):
-        if row.values is not None:
-            hidden[sample, visual[sample]] = row.values.to(hidden.dtype)
     removed = current.valid.sum(1) - valid.sum(1)
-    return _Segment(first, before.columns.gather(1, index), valid, visual, removed), hidden
+    return _Segment(first, before.columns.gather(1, index), valid, visual, removed), index
+
+
+def _reduced(x: torch.Tensor, rows: list[_Row], index: torch.Tensor, segment: _Segment) -> torch.Tensor:
+    """``x [B, N, D]`` on the shorter sequence, ``[B, L, D]``."""
+    short = _gather_rows(x, index)
+    for sample, row in enumerate(rows):
+        if row.combine is not None:
+            short[sample, segment.visual[sample]] = row.combine(x[sample, row.before]).to(x.dtype)
+    return short
 
 
 def _segment_of(current: _Pass, layer: int) -> _Segment:
@@ -521,6 +556,11 @@ def _gather_last(positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Gather ``positions [..., B or 1, N]`` (M-RoPE has leading rows) along the last dimension with ``[B, L]``."""
     shape = (*positions.shape[:-2], *index.shape)
     return positions.expand(*positions.shape[:-2], len(index), -1).gather(-1, index.expand(shape))
+
+
+def _gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``x [B or 1, N, d]`` at ``index [B, L]``."""
+    return x.expand(len(index), -1, -1).gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def _cut_2d(
