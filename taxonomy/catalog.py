@@ -412,6 +412,8 @@ def _method_row(number: int, card: Card, sources: Sources) -> dict[str, Any]:
         "arxiv": list(card.arxiv),
         "authors": list(card.authors),
         "shown_on": list(card.shown_on),
+        "facets": {name: list(terms) for name, terms in card.facets.items()},
+        "properties": dict(card.properties),
         "implemented": card.slug in sources.implemented,
         "basis": card.fidelity.basis,
         "code_commit": card.fidelity.commit,

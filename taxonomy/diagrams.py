@@ -11,6 +11,7 @@ All colours come from the style sheet (classes only), so the same picture serves
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from html import escape
 
@@ -40,7 +41,8 @@ class _Drawing:
     """Shapes collected from top to bottom; ``y`` is where the next one goes."""
 
     where: Sequence[str]
-    target: Collection[str]
+    target: AbstractSet[str]
+    thins_cache: bool = False
     shapes: list[str] = field(default_factory=list)
     numbered: dict[str, int] = field(default_factory=dict)
     y: float = 8
@@ -106,6 +108,7 @@ def pipeline(
     *,
     name: str,
     shortens: bool = True,
+    thins_cache: bool = False,
 ) -> str:
     """The diagram of one card as an ``<svg>`` element, everything escaped.
 
@@ -115,8 +118,9 @@ def pipeline(
         architecture: ids of the card's architectures; they choose the parts that are drawn.
         name: the method's name, for the title that screen readers say.
         shortens: false when the card says that the sequence keeps its length.
+        thins_cache: true when it says that fewer key-value pairs are stored.
     """
-    drawing = _Drawing(where=list(where), target=set(target))
+    drawing = _Drawing(where=list(where), target=set(target), thins_cache=thins_cache)
     shape = _shape(drawing, architecture)
     cut = _cut_depth(drawing, operation, shortens)
     moves_tokens = bool(_TOKENS & drawing.target)
@@ -163,10 +167,11 @@ def _shape(drawing: _Drawing, architecture: Collection[str]) -> str:
     """Which pipeline is drawn: ``vlm``, ``llm``, ``encoder`` or ``denoiser``."""
     if "vlm" in architecture or drawing.on("after-encoder", "before-llm"):
         return "vlm"
-    if {"decoder-llm", "encoder-decoder", "diffusion-lm"} & set(architecture):
+    decoders = {"decoder-llm", "encoder-decoder", "diffusion-lm"}
+    if decoders & set(architecture) or drawing.on("lm-head", "decode-loop"):
         return "vlm" if drawing.on("inside-encoder") else "llm"
-    if drawing.on("lm-head", "decode-loop"):
-        return "llm"
+    if drawing.on("inside-encoder") and drawing.on("inside-llm"):
+        return "vlm"
     return "denoiser" if "diffusion" in architecture or drawing.on("denoising-loop") else "encoder"
 
 
@@ -194,7 +199,7 @@ def _stack(drawing: _Drawing, shape: str, cut: int | None) -> None:
         "encoder": "Encoder blocks",
         "denoiser": "Denoising network",
     }
-    between = "inside-llm" if shape in ("vlm", "llm") else "inside-encoder"
+    between = "inside-llm" if shape in ("vlm", "llm") or drawing.on("inside-llm") else "inside-encoder"
     top = drawing.y
     whole = drawing.on("whole-model") or bool({"layers", "sublayers"} & drawing.target)
     gone = {"layers", "sublayers"} & drawing.target
@@ -209,13 +214,16 @@ def _stack(drawing: _Drawing, shape: str, cut: int | None) -> None:
     _normalisation(drawing, top + 83)
     _feed_forward(drawing, top + 93)
     drawing.y = top + 150 + 10
-    if drawing.on("inside-llm", "inside-encoder") and between not in drawing.where:
-        between = "inside-encoder" if drawing.on("inside-encoder") else "inside-llm"
-    if drawing.on(between) and between not in drawing.numbered:
+    if drawing.on(between):
         _gate(drawing, between)
         if _TOKENS & drawing.target:
             drawing.sequence(shortened=cut is not None)
-            drawing.text(_MIDDLE, drawing.y + 10, "further layers", "d-small")
+            drawing.text(
+                _MIDDLE,
+                drawing.y + 10,
+                "further blocks" if shape == "encoder" else "further layers",
+                "d-small",
+            )
             drawing.y += 14
 
 
@@ -237,10 +245,9 @@ def _attention(drawing: _Drawing, y: float, *, cached: bool) -> None:
             x, y - 10, width, height, "d-box d-hot" if drawing.on("attention") and in_cache else "d-box"
         )
         drawing.text(x + width / 2, y + 6, "KV cache")
+        thinned = drawing.thins_cache or bool(_CACHE & drawing.target)
         for line in range(3):
-            thinned = (1, 2, 4, 5)[line % 2 :: 2] if {"kv-entries", "kv-channels"} & drawing.target else ()
-            unread = (0, 2, 3, 5)[line % 2 :: 2] if not thinned and "key-reads" in drawing.target else ()
-            drawing.row(x + 9, y + 14 + line * 11, 6, (*thinned, *unread))
+            drawing.row(x + 9, y + 14 + line * 11, 6, (0, 1, 3, 4, 5)[line % 2 :: 2] if thinned else ())
         if in_cache:
             drawing.badge("attention", x + width - 4, y - 10)
     drawing.badge("attention", _RIGHT, y)
@@ -275,7 +282,7 @@ def _loop(drawing: _Drawing, start: float, place: str) -> None:
 def _around(drawing: _Drawing) -> None:
     """Places that are not in the model: the training loop around it, and everything outside."""
     for place, words in (
-        ("training-loop", "Training loop: around the model"),
+        ("training-loop", "Training loop"),
         ("outside", "Outside the model"),
         ("denoising-loop", "Denoising loop"),
         ("decode-loop", "Decode loop"),
@@ -290,13 +297,15 @@ def _around(drawing: _Drawing) -> None:
 def _times(drawing: _Drawing, when: Collection[str]) -> None:
     """When it happens: the six times of the vocabulary on one line."""
     drawing.path(f"M8 {drawing.y:g}h{WIDTH - 16}", "d-rule")
-    width = (WIDTH - 16) / len(TIMES)
-    for index, (time, label) in enumerate(TIMES):
-        x = 8 + index * width
+    share = (WIDTH - 16) / sum(len(label) + 4 for _, label in TIMES)
+    x = 8.0
+    for time, label in TIMES:
+        width = round(share * (len(label) + 4), 1)
         hot = time in when
         if hot:
             drawing.rect(x + 1, drawing.y + 6, width - 2, 20, "d-box d-hot", 10)
         drawing.text(x + width / 2, drawing.y + 20, label, "d-time d-now" if hot else "d-time")
+        x += width
     drawing.y += 32
 
 

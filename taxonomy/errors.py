@@ -15,5 +15,9 @@ class CatalogError(TaxonomyError):
     """The catalogue cannot be opened, built or written."""
 
 
+class EmptyCatalogError(CatalogError):
+    """The file has no table yet: another process is about to fill it."""
+
+
 class QueryError(TaxonomyError):
     """A query names a facet, term, property or slug that does not exist."""

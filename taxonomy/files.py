@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from taxonomy.errors import CatalogError
+from taxonomy.errors import CatalogError, EmptyCatalogError
 
 REVISION = "0001"
 """Newest Alembic revision. Revisions are zero-padded numbers, so they compare as text."""
@@ -32,6 +32,7 @@ def connect(path: Path, *, immutable: bool = False) -> sqlite3.Connection:
 
     Raises:
         CatalogError: missing, damaged or foreign file, or one of a newer zoo.
+        EmptyCatalogError: the file has no table at all.
     """
     if not path.is_file():
         raise CatalogError(f"there is no catalogue at {path}; make it with: zoo catalog build")
@@ -48,7 +49,9 @@ def connect(path: Path, *, immutable: bool = False) -> sqlite3.Connection:
             application = connection.execute("PRAGMA application_id").fetchone()[0]
         try:
             if application != APPLICATION_ID:
-                raise foreign(str(path))
+                if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                    raise foreign(str(path))
+                raise EmptyCatalogError(f"{path} is empty; remove it, or name another file")
             revision = connection.execute("SELECT version_num FROM alembic_version").fetchone()[0]
             if revision > REVISION:
                 raise newer(str(path), revision)

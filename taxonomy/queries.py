@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from taxonomy import files, paths
-from taxonomy.errors import QueryError
+from taxonomy.errors import CatalogError, QueryError
 from taxonomy.vocabulary import FACETS, PROPERTIES, Facet
 
 KINDS = ("method", "baseline", "benchmark", "survey", "analysis")
@@ -42,8 +43,8 @@ class MethodRow:
     family: str
     implemented: bool
     summary: str
-    facets: dict[str, tuple[str, ...]]
-    properties: dict[str, bool]
+    facets: Mapping[str, tuple[str, ...]]
+    properties: Mapping[str, bool]
 
 
 @dataclass(frozen=True)
@@ -288,9 +289,15 @@ def open_catalog(path: Path | None = None) -> sqlite3.Connection:
     """Open the built catalogue for reading.
 
     Raises:
-        CatalogError: it is missing, damaged, foreign, or made by a newer zoo.
+        CatalogError: it is missing, damaged, foreign, or made by another version of the zoo.
     """
-    return files.connect(path or paths.catalog_file(), immutable=True)
+    path = path or paths.catalog_file()
+    db = files.connect(path, immutable=True)
+    (revision,) = db.execute("SELECT version_num FROM alembic_version").fetchone()
+    if revision != files.REVISION:
+        db.close()
+        raise CatalogError(f"{path} was built by an older zoo (schema {revision}); run: zoo catalog build")
+    return db
 
 
 def find_facet(name: str) -> Facet:
@@ -528,54 +535,58 @@ def search(db: sqlite3.Connection, words: str, limit: int = 20) -> list[MethodRo
 
 def _methods(db: sqlite3.Connection, tail: str, values: Sequence[Any]) -> list[MethodRow]:
     """Rows of ``method m`` chosen by ``tail``, with their facets and properties."""
-    columns = "m.slug, m.name, m.year, m.kind, m.family, m.implemented, m.summary"
-    rows = db.execute(f"SELECT {columns} FROM method m{tail}", values).fetchall()
-    slugs = [row[0] for row in rows]
-    facets, properties = _facets(db, slugs), _properties(db, slugs)
+    columns = "m.slug, m.name, m.year, m.kind, m.family, m.implemented, m.summary, m.facets, m.properties"
     return [
         MethodRow(
-            slug=slug,
-            name=name,
-            year=year,
-            kind=kind,
-            family=family,
-            implemented=bool(implemented),
-            summary=summary,
-            facets=facets[slug],
-            properties=properties[slug],
+            slug, name, year, kind, family, bool(runs), summary, _Facets(facets), _Properties(properties)
         )
-        for slug, name, year, kind, family, implemented, summary in rows
+        for slug, name, year, kind, family, runs, summary, facets, properties in db.execute(
+            f"SELECT {columns} FROM method m{tail}", values
+        )
     ]
 
 
-def _of(db: sqlite3.Connection, columns: str, table: str, slugs: Sequence[str], order: str) -> Iterable[Any]:
-    """Rows of ``table`` for these methods: looked up one by one when they are few, else read in one sweep."""
-    query = f"SELECT {columns} FROM {table}"
-    if len(slugs) <= 300:
-        return db.execute(f"{query} WHERE method IN ({_marks(slugs)}) ORDER BY {order}", slugs)
-    wanted = set(slugs)
-    return (row for row in db.execute(f"{query} ORDER BY {order}") if row[0] in wanted)
+class _Parsed(Mapping[str, Any]):
+    """A JSON object that is parsed when somebody looks into it: most rows of a long list are only counted or named."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    @cached_property
+    def _values(self) -> dict[str, Any]:
+        return self._in_order(json.loads(self._text))
+
+    @staticmethod
+    def _in_order(values: dict[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return repr(self._values)
 
 
-def _facets(db: sqlite3.Connection, slugs: Sequence[str]) -> dict[str, dict[str, tuple[str, ...]]]:
-    found: dict[str, dict[str, list[tuple[int, str]]]] = {slug: {} for slug in slugs}
-    for slug, facet, term, position in _of(
-        db, "method, facet, term, position", "method_term", slugs, "method"
-    ):
-        found[slug].setdefault(facet, []).append((position, term))
-    return {
-        slug: {name: tuple(term for _, term in sorted(terms[name])) for name in FACETS if name in terms}
-        for slug, terms in found.items()
-    }
+class _Facets(_Parsed):
+    """Terms by facet, in the order of the vocabulary."""
+
+    @staticmethod
+    def _in_order(values: dict[str, Any]) -> dict[str, Any]:
+        return {name: tuple(values[name]) for name in FACETS if name in values}
 
 
-def _properties(db: sqlite3.Connection, slugs: Sequence[str]) -> dict[str, dict[str, bool]]:
-    found: dict[str, dict[str, bool]] = {slug: {} for slug in slugs}
-    for slug, prop, value in _of(db, "method, property, value", "method_property", slugs, "method"):
-        found[slug][prop] = bool(value)
-    return {
-        slug: {name: values[name] for name in PROPERTIES if name in values} for slug, values in found.items()
-    }
+class _Properties(_Parsed):
+    """Yes or no by property, in the order of the vocabulary."""
+
+    @staticmethod
+    def _in_order(values: dict[str, Any]) -> dict[str, Any]:
+        return {name: values[name] for name in PROPERTIES if name in values}
 
 
 def _property(name: str) -> str:
@@ -623,8 +634,8 @@ def show(db: sqlite3.Connection, name: str) -> MethodPage:
         implemented=bool(row["implemented"]),
         basis=row["basis"],
         bibtex=row["bibtex"],
-        facets=_facets(db, [slug])[slug],
-        properties=_properties(db, [slug])[slug],
+        facets=dict(_Facets(row["facets"])),
+        properties=dict(_Properties(row["properties"])),
         parameters=_parameters(db, slug),
         claims=_claims(db, slug, verified=True),
         unverified_claims=_claims(db, slug, verified=False),
@@ -844,11 +855,9 @@ _BIBTEX_SPECIAL["\\"] = r"\textbackslash{}"
 
 
 def paper_bibtex(paper: PaperRow) -> str:
-    """A BibTeX entry of what is known about a paper; the key is its arXiv id, else words of its title."""
+    """A BibTeX entry of what is known about a paper; the key is its arXiv id, else its title."""
     words = re.findall(r"[a-z0-9]+", paper.title.lower())
-    key = (
-        f"arxiv{paper.arxiv.replace('.', '')}" if paper.arxiv else "".join(words)[:40] + str(paper.year or "")
-    )
+    key = f"arxiv{paper.arxiv.replace('.', '')}" if paper.arxiv else "".join(words)  # titles are unique
     rows = [("title", "{" + "".join(_BIBTEX_SPECIAL.get(letter, letter) for letter in paper.title) + "}")]
     if paper.year:
         rows.append(("year", str(paper.year)))
@@ -900,13 +909,13 @@ def tree(db: sqlite3.Connection, view: str = "core", facet: str | None = None) -
         QueryError: unknown view or facet.
     """
     chosen = [find_facet(facet)] if facet else [f for f in FACETS.values() if f.view == find_view(view)]
-    used = _used(db, KINDS)
+    used = {facet.id: _holders(db, facet) for facet in chosen}
     implemented = _implemented(db)
 
     def node(facet: Facet, term_id: str) -> Node:
         term = facet[term_id]
         below = [node(facet, child.id) for child in facet.terms if child.parent == term_id]
-        holders = set(used.get((facet.id, term_id), ())).union(*(child.methods for child in below))
+        holders = used[facet.id].get(term_id, frozenset()).union(*(child.methods for child in below))
         return Node(
             id=term.id,
             label=term.label,
@@ -929,14 +938,10 @@ def tree(db: sqlite3.Connection, view: str = "core", facet: str | None = None) -
     ]
 
 
-def _used(db: sqlite3.Connection, kinds: Sequence[str]) -> dict[tuple[str, str], list[str]]:
-    """Slugs of the cards of these kinds, by (facet, term)."""
-    query = f"""SELECT t.facet, t.term, t.method FROM method_term t JOIN method m ON m.slug = t.method
-        WHERE m.kind IN ({_marks(kinds)}) ORDER BY t.method"""
-    found: dict[tuple[str, str], list[str]] = {}
-    for facet, term, slug in db.execute(query, kinds):
-        found.setdefault((facet, term), []).append(slug)
-    return found
+def _holders(db: sqlite3.Connection, facet: Facet) -> dict[str, frozenset[str]]:
+    """Slugs of all cards with each term."""
+    query = "SELECT term, group_concat(method) FROM method_term WHERE facet = ? GROUP BY term"
+    return {term: frozenset(slugs.split(",")) for term, slugs in db.execute(query, (facet.id,))}
 
 
 def _implemented(db: sqlite3.Connection) -> set[str]:
@@ -952,28 +957,25 @@ def matrix(db: sqlite3.Connection, rows: str = "where", columns: str = "signal")
     across, down = find_facet(columns), find_facet(rows)
     if across.id == down.id:
         raise QueryError(f"a matrix needs two different facets, not '{rows}' twice")
-    used = _used(db, ACTING)
-    implemented = _implemented(db)
-    total = len(set().union(*used.values())) if used else 0
-    row_terms = [term.id for term in down.terms if (down.id, term.id) in used]
-    column_terms = [term.id for term in across.terms if (across.id, term.id) in used]
+    acting = f"(SELECT slug FROM method WHERE kind IN ({_marks(ACTING)}))"
+    single = f"SELECT term, count(*) FROM method_term WHERE facet = ? AND method IN {acting} GROUP BY term"
+    in_row, in_column = (dict(db.execute(single, (facet.id, *ACTING))) for facet in (down, across))
+    (total,) = db.execute(f"SELECT count(*) FROM {acting}", ACTING).fetchone()
+    pairs = f"""SELECT a.term, b.term, group_concat(a.method), sum(m.implemented)
+        FROM method_term a JOIN method_term b ON b.method = a.method AND b.facet = ? JOIN method m ON m.slug = a.method
+        WHERE a.facet = ? AND a.method IN {acting} GROUP BY a.term, b.term"""
+    found = {
+        (row, column): (tuple(sorted(slugs.split(","))), runs)
+        for row, column, slugs, runs in db.execute(pairs, (across.id, down.id, *ACTING))
+    }
+    row_terms = [term.id for term in down.terms if term.id in in_row]
+    column_terms = [term.id for term in across.terms if term.id in in_column]
     cells = []
     for row in row_terms:
-        in_row = set(used[down.id, row])
         for column in column_terms:
-            in_column = used[across.id, column]
-            both = [slug for slug in in_column if slug in in_row]
-            expected = len(in_row) * len(in_column) / total
-            cells.append(
-                Cell(
-                    row,
-                    column,
-                    len(both),
-                    len(implemented.intersection(both)),
-                    round(expected, 3),
-                    tuple(both),
-                )
-            )
+            slugs, runs = found.get((row, column), ((), 0))
+            expected = round(in_row[row] * in_column[column] / total, 3)
+            cells.append(Cell(row, column, len(slugs), runs, expected, slugs))
     return Matrix(down.id, across.id, tuple(row_terms), tuple(column_terms), tuple(cells))
 
 

@@ -14,7 +14,7 @@ import re
 import sqlite3
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DatabaseError, OperationalError, SQLAlchemyError
 
 from taxonomy import files, paths, schema
-from taxonomy.errors import CatalogError
+from taxonomy.errors import CatalogError, EmptyCatalogError
 
 Arm = Literal["dense", "method", "ratio"]
 Status = Literal["done", "failed", "refused", "interrupted"]
@@ -456,7 +456,8 @@ def results(
     for source, origin in sources:
         if "://" not in source and not Path(source).is_file():
             continue
-        with _plain_errors(source), _reading(source) as connection:
+        # An empty file is one that another process is just creating: nothing is in it yet.
+        with suppress(EmptyCatalogError), _plain_errors(source), _reading(source) as connection:
             _bring_up_to_date(connection, source)
             found += _select(connection, origin, method, model, quantity, status, limit)
     found.sort(key=lambda result: (result.started, result.key), reverse=True)
@@ -495,33 +496,23 @@ def _select(
     status: str | None,
     limit: int | None,
 ) -> list[Result]:
+    found = _newest(connection, method, model, quantity, status, limit)
+    rows: dict[int, Any] = {}
+    figures: dict[int, list[Measurement]] = {number: [] for number in found}
     run, measured = schema.run, schema.measurement
-    query = (
+    complete = (
         sa.select(run, schema.model.c.ref, schema.environment.c.hardware, schema.environment.c.facts)
         .join(schema.model, schema.model.c.id == run.c.model)
         .join(schema.environment, schema.environment.c.id == run.c.environment)
-        .order_by(run.c.started.desc(), run.c.key.desc())
-        .limit(limit)
     )
-    if method and "+" in method:
-        query = query.where(run.c.method == method)
-    elif method:
-        holding = sa.select(schema.run_method.c.run).where(schema.run_method.c.slug == method)
-        query = query.where(run.c.id.in_(holding))
-    if model:
-        query = query.where(schema.model.c.ref == model)
-    if status:
-        query = query.where(run.c.status == status)
-    if quantity:
-        having = sa.select(measured.c.run).where(measured.c.quantity == quantity, measured.c.run == run.c.id)
-        query = query.where(having.exists())
-    rows = connection.execute(query).mappings().all()
-    figures: dict[int, list[Measurement]] = {row["id"]: [] for row in rows}
-    for chunk in _chunks(list(figures)):
-        detail = sa.select(measured).where(measured.c.run.in_(chunk))
+    for ids in _chunks(found):
+        rows |= {row["id"]: row for row in connection.execute(complete.where(run.c.id.in_(ids))).mappings()}
+        detail = sa.select(measured).where(measured.c.run.in_(ids))
         if quantity:
             detail = detail.where(measured.c.quantity == quantity)
-        for figure in connection.execute(detail.order_by(measured.c.quantity, measured.c.arm)).mappings():
+        for figure in connection.execute(
+            detail.order_by(measured.c.task, measured.c.quantity, measured.c.arm)
+        ).mappings():
             figures[figure["run"]].append(
                 Measurement(**{part.name: figure[part.name] for part in fields(Measurement)})
             )
@@ -530,13 +521,46 @@ def _select(
     return [
         Result(
             origin=origin,
-            model=row["ref"],
-            environment=row["facts"],
-            measurements=tuple(figures[row["id"]]),
-            **{name: row[name] for name in (*plain, *more)},
+            model=rows[number]["ref"],
+            environment=rows[number]["facts"],
+            measurements=tuple(figures[number]),
+            **{name: rows[number][name] for name in (*plain, *more)},
         )
-        for row in rows
+        for number in found
     ]
+
+
+def _newest(
+    connection: Connection,
+    method: str | None,
+    model: str | None,
+    quantity: str | None,
+    status: str | None,
+    limit: int | None,
+) -> list[int]:
+    """Ids of the runs that meet the conditions, newest first, read from the indexes on ``started`` without sorting."""
+    run, measured = schema.run, schema.measurement
+    query = sa.select(run.c.id, run.c.started, run.c.key)
+    if method and "+" in method:
+        query = query.where(run.c.method == method)
+    elif method:
+        holding = sa.select(schema.run_method.c.run).where(schema.run_method.c.slug == method)
+        query = query.where(run.c.id.in_(holding))
+    if status:
+        query = query.where(run.c.status == status)
+    if quantity:
+        having = sa.select(measured.c.run).where(measured.c.quantity == quantity, measured.c.run == run.c.id)
+        query = query.where(having.exists())
+    query = query.order_by(run.c.started.desc(), run.c.key.desc()).limit(limit)
+    queries = [query]
+    if model:  # one query per revision of the model, so that the index on (model, started) serves each
+        revisions = connection.execute(
+            sa.select(schema.model.c.id).where(schema.model.c.ref == model)
+        ).scalars()
+        queries = [query.where(run.c.model == number) for number in revisions]
+    rows = [row for query in queries for row in connection.execute(query)]
+    rows.sort(key=lambda row: (row.started, row.key), reverse=True)
+    return [row.id for row in rows[:limit]]
 
 
 def _chunks(ids: Sequence[int], size: int = 500) -> Iterator[Sequence[int]]:
@@ -563,6 +587,8 @@ def _plain_errors(place: str) -> Iterator[None]:
             reason = f"{shown(place)}: {said}"
         raise CatalogError(reason) from None
     except DatabaseError as error:
+        if type(error) is not DatabaseError:  # a subclass: the file is sound, the statement is not
+            raise CatalogError(f"{shown(place)}: {first_line(error)}") from None
         raise files.damaged(shown(place), first_line(error)) from None
     except SQLAlchemyError as error:
         raise CatalogError(f"{shown(place)}: {first_line(error)}") from None

@@ -31,6 +31,7 @@ from sqlalchemy import (
     UniqueConstraint,
     text,
 )
+from sqlalchemy.schema import CreateIndex, CreateTable
 
 from taxonomy.files import REVISION
 from taxonomy.vocabulary import FACETS, PROPERTIES
@@ -110,12 +111,7 @@ method = Table(
     Column("slug", String, nullable=False, unique=True),
     Column("name", String, nullable=False),
     Column("title", Text, nullable=False),
-    Column(
-        "kind",
-        String,
-        CheckConstraint("kind IN ('method', 'baseline', 'benchmark', 'survey', 'analysis')", name="kind"),
-        nullable=False,
-    ),
+    Column("kind", String, nullable=False),
     Column("summary", Text, nullable=False),
     Column("year", Integer, nullable=False),
     Column("venue", String),
@@ -131,7 +127,11 @@ method = Table(
         "basis", String, nullable=False, comment="best source read: official-code, paper-text, abstract-only"
     ),
     Column("code_commit", String, comment="commit or release of the official code that was read"),
+    # Copies of method_term and method_property: a list of ten thousand methods is read in one sweep, not joined.
+    Column("facets", JSON, nullable=False, comment="term ids by facet, the main one first"),
+    Column("properties", JSON, nullable=False, comment="yes or no by property; absent = does not apply"),
     Column("term_weight", Float, nullable=False, comment="sum of the facet weights of all its terms"),
+    CheckConstraint("kind IN ('method', 'baseline', 'benchmark', 'survey', 'analysis')", name="kind"),
     CheckConstraint("basis IN ('official-code', 'paper-text', 'abstract-only')", name="basis"),
     CheckConstraint("year BETWEEN 1980 AND 2100", name="year"),
 )
@@ -197,14 +197,10 @@ note = Table(
     "note",
     metadata,
     _slug(),
-    Column(
-        "kind",
-        String,
-        CheckConstraint("kind IN ('note', 'paper_vs_code', 'deviation', 'reconstructed')", name="kind"),
-        primary_key=True,
-    ),
+    Column("kind", String, primary_key=True),
     Column("position", Integer, primary_key=True),
     Column("text", Text, nullable=False),
+    CheckConstraint("kind IN ('note', 'paper_vs_code', 'deviation', 'reconstructed')", name="kind"),
     sqlite_with_rowid=False,
 )
 
@@ -223,15 +219,11 @@ verification = Table(
     "verification",
     metadata,
     _slug(),
-    Column(
-        "kind",
-        String,
-        CheckConstraint("kind IN ('golden', 'property', 'facet')", name="kind"),
-        primary_key=True,
-    ),
+    Column("kind", String, primary_key=True),
     Column("subject", String, primary_key=True, comment="a property, a facet or the name of a golden case"),
     Column("model", String, primary_key=True, comment="model it was checked on; empty for golden cases"),
     _yes_no("passed"),
+    CheckConstraint("kind IN ('golden', 'property', 'facet')", name="kind"),
     Column("version", String, comment="version of the zoo that was checked"),
     Column("detail", Text),
     sqlite_with_rowid=False,
@@ -332,12 +324,7 @@ run = Table(
     Column("environment", Integer, ForeignKey("environment.id"), nullable=False),
     Column("started", String, nullable=False, comment="UTC, ISO 8601"),
     Column("seconds", Float, nullable=False),
-    Column(
-        "status",
-        String,
-        CheckConstraint("status IN ('done', 'failed', 'refused', 'interrupted')", name="status"),
-        nullable=False,
-    ),
+    Column("status", String, nullable=False),
     Column("error", Text),
     Column("seed", Integer),
     Column("dtype", String),
@@ -345,10 +332,11 @@ run = Table(
     Column("protocol", String, nullable=False, comment="version of the measuring protocol"),
     Column("inputs", JSON, nullable=False, comment="what the model was fed: prompt, image, calibration ..."),
     Column("report", JSON(none_as_null=True), comment="what the method removed, as zoo.report.Report"),
+    CheckConstraint("status IN ('done', 'failed', 'refused', 'interrupted')", name="status"),
 )
-Index(None, run.c.started)
+Index(None, run.c.started, run.c.key)
 Index(None, run.c.config)
-Index(None, run.c.model, run.c.started)
+Index(None, run.c.model, run.c.started, run.c.key)
 
 run_method = Table(
     "run_method",
@@ -366,15 +354,15 @@ measurement = Table(
     Column("run", Integer, ForeignKey("run.id", ondelete="CASCADE"), primary_key=True),
     Column("task", String, primary_key=True, comment="data set or ability; empty when it does not apply"),
     Column("quantity", String, primary_key=True),
-    Column(
-        "arm", String, CheckConstraint("arm IN ('dense', 'method', 'ratio')", name="arm"), primary_key=True
-    ),
+    Column("arm", String, primary_key=True),
     Column("unit", String, nullable=False),
     Column("median", Float, nullable=False),
     Column(
         "spread", Float, comment="half the distance between the quartiles unless the protocol says otherwise"
     ),
-    Column("n", Integer, CheckConstraint("n >= 1", name="n"), nullable=False),
+    Column("n", Integer, nullable=False),
+    CheckConstraint("arm IN ('dense', 'method', 'ratio')", name="arm"),
+    CheckConstraint("n >= 1", name="n"),
     sqlite_with_rowid=False,
 )
 Index(None, measurement.c.quantity, measurement.c.task, measurement.c.run)
@@ -461,7 +449,14 @@ def create_views(connection: Connection) -> None:
 
 def create_all(connection: Connection) -> None:
     """Make an empty catalogue at ``REVISION``. The same as running all migrations, without importing Alembic."""
-    metadata.create_all(connection)
-    connection.execute(text("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY)"))
+    # Not metadata.create_all: its order of tables and indexes changes from process to process, and so would the bytes.
+    for table in metadata.tables.values():
+        connection.execute(CreateTable(table))
+        for index in sorted(table.indexes, key=lambda index: str(index.name)):
+            connection.execute(CreateIndex(index))
+    connection.exec_driver_sql(
+        "CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL,"
+        " CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num))"
+    )
     connection.execute(text("INSERT INTO alembic_version VALUES (:revision)"), {"revision": REVISION})
     create_views(connection)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from taxonomy import diagrams, paths
 from taxonomy.queries import ACTING
@@ -46,6 +47,12 @@ MOST_LISTED = 200
 
 FIRST_YEAR_ALONE = 2015
 """Papers before this year share a page."""
+
+CARD_SOURCE = "method-specs"
+"""The name under which the bibliography keeps papers that were added for a card and stand in no list."""
+
+EXAMPLE = "SELECT name, year FROM v_method WHERE training = 'none' AND needs_attention_maps = 0 ORDER BY year"
+"""A question that the data page puts to the catalogue."""
 
 BASES = {
     "official-code": ("Official code", "The authors' code was read, and is what the card follows in doubt."),
@@ -82,8 +89,8 @@ VIEW_TEXTS = {
     ),
     "dnn-pruning-survey": (
         "Network pruning",
-        "The questions of the survey of deep-network pruning by Cheng, Zhang and Shi: which hardware gains, when in the "
-        "life of the network pruning happens, how the decision is made, and what pruning is combined with.",
+        "The questions of the survey of deep-network pruning by Cheng, Zhang and Shi: which hardware gains, when in "
+        "the life of the network pruning happens, how the decision is made, and what pruning is combined with.",
     ),
     "uniprunebench": (
         "Placement of visual-token pruning",
@@ -229,7 +236,7 @@ def render(library: Library, catalog: bytes | None = None) -> Files:
         yield site.page(crossing.file, "matrix.html", crossing.title, crossing=crossing)
     yield site.page("glossary.html", "glossary.html", "Glossary")
     yield from site.bibliography()
-    yield site.page("data.html", "data.html", "Data", downloads=downloads)
+    yield site.page("data.html", "data.html", "Data", downloads=downloads, example=EXAMPLE)
     yield site.page("about.html", "about.html", "About", bases=BASES)
 
 
@@ -251,7 +258,7 @@ class _Site:
             lstrip_blocks=True,
             auto_reload=False,
         )
-        self.environment.filters |= {"figure": figure, "arxiv": _arxiv_link}
+        self.environment.filters |= {"figure": figure, "arxiv": _arxiv_link, "lowered": lowered}
         self.environment.globals |= {
             "library": library,
             "navigation": NAVIGATION,
@@ -260,13 +267,14 @@ class _Site:
             "years": self.years,
             "kinds": _kinds(library.entries),
             "basis_labels": {key: label for key, (label, _) in BASES.items()},
-            "term_link": self.term_link,
+            "term_links": self.term_links,
             "strip": lambda entry: diagrams.strip(entry.ids("where"), entry.ids("target")),
             "strip_cells": diagrams.STRIP,
             "tokens": _tokens,
             "shade": _shade,
             "most_listed": MOST_LISTED,
             "counted": counted,
+            "source_label": lambda name: "Papers of our own cards" if name == CARD_SOURCE else name,
         }
         self._templates: dict[str, Callable[..., str]] = {}
 
@@ -280,12 +288,19 @@ class _Site:
 
     def method(self, entry: Entry) -> tuple[str, bytes]:
         """The page of one card."""
-        labels = {name: {term.id: term.label for term in terms} for name, terms in entry.terms.items()}
+        where, target, operation, when = (
+            {term.id: term.label for term in entry.terms.get(name, ())}
+            for name in ("where", "target", "operation", "when")
+        )
         diagram = diagrams.pipeline(
-            *(labels.get(name, {}) for name in ("where", "target", "operation", "when")),
+            where,
+            target,
+            operation,
+            when,
             entry.ids("architecture"),
             name=entry.name,
             shortens=entry.properties.get("shrinks_sequence", True),
+            thins_cache=entry.properties.get("shrinks_cache", False),
         )
         core = [(self.library.facets[name], terms) for name, terms in entry.terms.items()]
         return self.page(
@@ -299,8 +314,11 @@ class _Site:
             commands=_commands(entry),
         )
 
-    def term_link(self, term: Term, root: str) -> Markup:
-        """A link to the glossary, with the definition as its tooltip."""
+    def term_links(self, terms: Iterable[Term], root: str) -> Markup:
+        """Links to the glossary, separated by commas, each with the definition as its tooltip."""
+        return Markup(", ").join([self._term_link(term, root) for term in terms])
+
+    def _term_link(self, term: Term, root: str) -> Markup:
         key = (root, term.anchor)
         if key not in self._links:
             self._links[key] = Markup('<a class="term" href="{}glossary.html#{}" title="{}">{}</a>').format(
@@ -327,7 +345,7 @@ class _Site:
             )
         yield Download(
             "methods.json",
-            _json([_as_data(entry) for entry in entries]),
+            _json(map(_as_data, entries)),
             "All cards with facets, properties, parameters, reported figures, fidelity notes and references.",
             "One object per card, in the order of names.",
         )
@@ -339,7 +357,7 @@ class _Site:
         )
         yield Download(
             "vocabulary.json",
-            _json(_vocabulary(self.library)),
+            json.dumps(_vocabulary(self.library), ensure_ascii=False, indent=1).encode() + b"\n",
             "Facets, terms and properties with their definitions.",
             "Terms name their parent where they have one.",
         )
@@ -351,7 +369,7 @@ class _Site:
         )
         yield Download(
             "papers.json",
-            _json([_paper_data(paper) for paper in papers]),
+            _json(map(_paper_data, papers)),
             "The bibliography, newest first, each paper with topics and the lists that carry it.",
             "cards holds the slugs of the cards that belong to a paper.",
         )
@@ -360,7 +378,8 @@ class _Site:
             _csv(
                 ["title", "year", "venue", "arxiv", "doi", "link", "code", "topics", "sources", "cards"],
                 [
-                    [p.title, p.year, p.venue, p.arxiv, p.doi, p.link, p.code, *map(";".join, (p.topics, p.sources, p.cards))]
+                    [getattr(p, name) for name in ("title", "year", "venue", "arxiv", "doi", "link", "code")]
+                    + [";".join(values) for values in (p.topics, p.sources, p.cards)]
                     for p in papers
                 ],
             ),
@@ -429,6 +448,11 @@ def figure(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def lowered(label: str) -> str:
+    """``label`` within a sentence: its first letter small, unless it begins an abbreviation (KV, FFN) or a symbol."""
+    return label[:1].lower() + label[1:] if label[1:2].islower() else label
+
+
 def counted(number: int, one: str, many: str | None = None) -> str:
     """``1 method``, ``2 methods``."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
@@ -486,15 +510,9 @@ def _commands(entry: Entry) -> list[tuple[str, str]]:
         )
     ]
     given = next((p for p in entry.parameters if p.default not in (None, "null")), None)
-    if given is not None and given.default is not None:
-        value = json.loads(given.default)
-        shown = value if isinstance(value, str) else given.default
-        lines.append(
-            (
-                f"zoo run {entry.slug} --set {given.name}={shown}",
-                "Sets a parameter (this one to its default).",
-            )
-        )
+    if given is not None:
+        command = f"zoo run {entry.slug} --set {shlex.quote(f'{given.name}={given.shown}')}"
+        lines.append((command, "Sets a parameter (this one to its default)."))
     lines.append((f"zoo show {entry.slug}", "Shows this card in the terminal."))
     return lines
 
@@ -532,7 +550,10 @@ def _years(papers: Sequence[Paper]) -> list[Year]:
             return f"before {FIRST_YEAR_ALONE}", f"before-{FIRST_YEAR_ALONE}"
         return str(paper.year), str(paper.year)
 
-    return [Year(label, name, tuple(found)) for (label, name), found in groupby(papers, key=group)]
+    return [
+        Year(label, name, tuple(sorted(found, key=lambda paper: paper.title.casefold())))
+        for (label, name), found in groupby(papers, key=group)
+    ]
 
 
 def _source_facts() -> dict[str, dict[str, str]]:
@@ -545,8 +566,9 @@ def _source_facts() -> dict[str, dict[str, str]]:
 # --- data files -----------------------------------------------------------------------------------------------
 
 
-def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, indent=1).encode() + b"\n"
+def _json(rows: Iterable[Any]) -> bytes:
+    """A list, one element per line."""
+    return ("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n").encode()
 
 
 def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:

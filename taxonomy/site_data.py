@@ -98,6 +98,12 @@ class Parameter:
     default: str | None
     description: str
 
+    @property
+    def shown(self) -> str:
+        """The default as one would type it."""
+        value = json.loads(self.default or "null")
+        return "none" if value is None else value if isinstance(value, str) else str(self.default)
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -123,23 +129,29 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One quantity of one run: dense model and method side by side. Missing arms are ``None``."""
+class Quantity:
+    """One measured quantity, dense model and method side by side. Missing arms are ``None``."""
 
-    run: str
-    started: str
-    parameters: str
-    model: str
-    hardware: str
-    setting: str
-    protocol: str
+    name: str
     task: str
-    quantity: str
     unit: str
     repeats: int
     dense: float | None
     method: float | None
     ratio: float | None
+
+
+@dataclass
+class Measured:
+    """One reference run of a method."""
+
+    model: str
+    parameters: str
+    hardware: str
+    setting: str
+    started: str
+    protocol: str
+    quantities: list[Quantity] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -182,6 +194,7 @@ class Entry:
     golden: list[Check] = field(default_factory=list, repr=False)
     measured: list[Measured] = field(default_factory=list, repr=False)
     similar: list[Likeness] = field(default_factory=list, repr=False)
+    _ids: dict[str, frozenset[str]] = field(default_factory=dict, repr=False, compare=False)
 
     def order(self) -> tuple[str, str]:
         """Sort key: by name as people read it, then by slug."""
@@ -189,7 +202,15 @@ class Entry:
 
     def ids(self, facet: str) -> frozenset[str]:
         """Ids of the terms its card names in ``facet``."""
-        return frozenset(term.id for term in self.terms.get(facet, ()))
+        if facet not in self._ids:
+            self._ids[facet] = frozenset(term.id for term in self.terms.get(facet, ()))
+        return self._ids[facet]
+
+    @property
+    def subtitle(self) -> str:
+        """The title without the name in front of it, for listings that show both."""
+        start, colon, rest = self.title.partition(": ")
+        return rest if colon and start.casefold() == self.name.casefold() else self.title
 
     @property
     def first_sentence(self) -> str:
@@ -232,6 +253,10 @@ class Library:
 
     def __contains__(self, slug: str) -> bool:
         return slug in self._by_slug
+
+    def having(self, name: str, value: bool) -> list[Entry]:
+        """Entries whose card answers the property ``name`` with ``value``."""
+        return [entry for entry in self.entries if entry.properties.get(name) is value]
 
 
 def web_address(text: str | None) -> str | None:
@@ -288,6 +313,12 @@ def _depth_first(terms: Iterable[Term], above: tuple[str, ...]) -> Iterator[Term
         yield from _depth_first(term.children, term.lineage)
 
 
+_PLAIN = (
+    "name", "title", "kind", "summary", "year", "venue", "code_license", "bibtex", "basis", "code_commit",
+)  # fmt: skip
+"""Columns of ``method`` that are shown as they are."""
+
+
 def _entries(connection: sqlite3.Connection) -> dict[str, Entry]:
     entries = {}
     for row in connection.execute("SELECT * FROM method ORDER BY slug"):
@@ -304,13 +335,8 @@ def _entries(connection: sqlite3.Connection) -> dict[str, Entry]:
             code=web_address(row["code"]),
             implemented=bool(row["implemented"]),
             weight=row["term_weight"],
-            **{
-                name: row[name]
-                for name in (
-                    "name", "title", "kind", "summary", "year", "venue", "code_license", "bibtex", "basis", "code_commit",
-                )
-            },
-        )  # fmt: skip
+            **{name: row[name] for name in _PLAIN},
+        )
     return entries
 
 
@@ -365,40 +391,40 @@ def _attach_details(connection: sqlite3.Connection, entries: Mapping[str, Entry]
 
 def _attach_measured(connection: sqlite3.Connection, entries: Mapping[str, Entry]) -> None:
     """Finished runs of a single method; stacks belong to no one card."""
+    runs: dict[int, Measured] = {}
     query = (
-        "SELECT r.key, r.started, r.method, r.parameters, o.ref AS model, e.hardware, r.device, r.dtype, r.protocol,"
-        " x.task, x.quantity, x.arm, x.unit, x.median, x.n"
-        " FROM measurement x JOIN run r ON r.id = x.run JOIN model o ON o.id = r.model"
-        " JOIN environment e ON e.id = r.environment"
-        " WHERE r.status = 'done' ORDER BY o.ref, r.started, r.key, x.task, x.quantity, x.unit, x.arm"
+        "SELECT r.id, r.started, r.method, r.parameters, o.ref AS model, e.hardware, r.device, r.dtype, r.protocol"
+        " FROM run r JOIN model o ON o.id = r.model JOIN environment e ON e.id = r.environment"
+        " WHERE r.status = 'done' ORDER BY o.ref, r.started, r.key"
     )
-    arms: dict[tuple[str, str, str, str], dict[str, float]] = defaultdict(dict)
-    rows: dict[tuple[str, str, str, str], sqlite3.Row] = {}
     for row in connection.execute(query):
-        # A ratio has no unit of its own, so it joins the two arms by task and quantity.
-        key = (row["method"], row["key"], row["task"], row["quantity"])
-        arms[key][row["arm"]] = row["median"]
-        if key not in rows or row["arm"] != "ratio":
-            rows[key] = row
-    for key, row in rows.items():
-        if row["method"] not in entries:
-            continue
-        entries[row["method"]].measured.append(
-            Measured(
-                run=row["key"],
-                started=row["started"],
-                parameters=_settings(json.loads(row["parameters"])),
+        if row["method"] in entries:
+            runs[row["id"]] = run = Measured(
                 model=row["model"],
+                parameters=_settings(json.loads(row["parameters"])),
                 hardware=row["hardware"],
                 setting=", ".join(part for part in (row["device"], row["dtype"]) if part),
+                started=row["started"],
                 protocol=row["protocol"],
-                task=row["task"],
-                quantity=row["quantity"],
-                unit=row["unit"],
-                repeats=row["n"],
-                dense=arms[key].get("dense"),
-                method=arms[key].get("method"),
-                ratio=arms[key].get("ratio"),
+            )
+            entries[row["method"]].measured.append(run)
+    arms: dict[tuple[int, str, str], dict[str, sqlite3.Row]] = defaultdict(dict)
+    for row in connection.execute("SELECT * FROM measurement ORDER BY run, task, quantity"):
+        arms[row["run"], row["task"], row["quantity"]][row["arm"]] = row
+    for (number, task, name), found in arms.items():
+        if number not in runs:
+            continue
+        of_arm = {arm: row["median"] for arm, row in found.items()}
+        told = found.get("method") or found.get("dense") or found["ratio"]  # a ratio has no unit of its own
+        runs[number].quantities.append(
+            Quantity(
+                name,
+                task,
+                told["unit"],
+                told["n"],
+                of_arm.get("dense"),
+                of_arm.get("method"),
+                of_arm.get("ratio"),
             )
         )
 
@@ -414,7 +440,7 @@ def _papers(connection: sqlite3.Connection) -> list[Paper]:
             groups[paper].append(value)
         return {paper: tuple(values) for paper, values in groups.items()}
 
-    topics = grouped("SELECT paper, topic FROM paper_topic ORDER BY paper, topic")
+    topics = grouped("SELECT p.paper, t.name FROM paper_topic p JOIN topic t ON t.id = p.topic ORDER BY 1, 2")
     sources = grouped(
         "SELECT p.paper, s.name FROM paper_source p JOIN source s ON s.id = p.source ORDER BY 1, 2"
     )
@@ -434,7 +460,8 @@ def _papers(connection: sqlite3.Connection) -> list[Paper]:
         )
         for row in connection.execute("SELECT * FROM paper")
     ]
-    return sorted(papers, key=lambda paper: (-(paper.year or 0), paper.title.casefold(), paper.arxiv or ""))
+    papers.sort(key=lambda paper: paper.title.casefold())
+    return sorted(papers, key=lambda paper: (paper.year or 0, paper.arxiv or ""), reverse=True)
 
 
 SIMILAR = 5

@@ -7,9 +7,36 @@ from pathlib import Path
 
 import pytest
 
-from taxonomy.catalog import Run, Sources, build
+from taxonomy.card import Card
 from taxonomy.catalog import Measurement as Figure
+from taxonomy.catalog import Run, Sources, build
 from zoo.method import implemented
+
+CARD = {
+    "slug": "alpha",
+    "name": "Alpha",
+    "title": "A method for tests",
+    "summary": "It drops tokens that nobody looks at, and it does so without any training at all.",
+    "year": 2024,
+    "facets": {
+        "family": ["visual-token-pruning"],
+        "target": ["visual-tokens"],
+        "where": ["before-llm"],
+        "signal": ["diversity"],
+        "operation": ["drop"],
+        "when": ["prefill"],
+        "training": ["none"],
+    },
+    "fidelity": {"basis": "paper-text"},
+}
+
+
+def card(**changes: object) -> Card:
+    return Card.model_validate({**CARD, **changes})
+
+
+def small(*cards: Card, **more: object) -> Sources:
+    return Sources(cards={one.slug: one for one in cards or (card(),)}, **more)  # type: ignore[arg-type]
 
 
 def make_run(**changes: object) -> Run:

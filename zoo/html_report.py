@@ -29,12 +29,15 @@ def write_report(record: RunRecord, folder: Path) -> Path:
         return _write(folder / "report.html", render(record))
     except OSError as error:
         raise RunFailed(
-            f"the report could not be written to {folder}: {(error.strerror or str(error)).lower()}"
+            f"the report could not be written to {folder}: {(error.strerror or str(error)).lower()}; the figures are "
+            "in the catalogue (zoo results) unless --no-record was given"
         ) from None
 
 
 def _write(path: Path, text: str) -> Path:
-    with NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False, encoding="utf-8") as file:
+    with NamedTemporaryFile(
+        "w", dir=path.parent, prefix=f".{path.name}-", delete=False, encoding="utf-8"
+    ) as file:
         part = Path(file.name)
         try:
             file.write(text)
@@ -91,7 +94,10 @@ def _report_bars(report: Any) -> list[tuple[str, list[dict[str, Any]]]]:
     if stats is not None and stats.accepted:
         counts = [stats.accepted.count(value) for value in range(max(stats.accepted) + 1)]
         groups.append(
-            ("steps by the number of draft tokens they accepted", _bars([(count, max(counts)) for count in counts]))
+            (
+                "steps by the number of draft tokens they accepted",
+                _bars([(count, max(counts)) for count in counts]),
+            )
         )
     return groups
 

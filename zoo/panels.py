@@ -104,12 +104,18 @@ def _sections(record: RunRecord, console: Console) -> Iterator[RenderableType]:
     ascii_only = console.options.ascii_only
     yield _header(record, console)
     for report in record.reports:
-        yield _heading(f"What {report.method} removed" if report.decoding is None else f"What {report.method} saved")
+        yield _heading(
+            f"What {report.method} removed" if report.decoding is None else f"What {report.method} saved"
+        )
         yield Text(removed_line(report))
         for label, bars in report.bars.items():
-            yield _spark(label, [bar.kept for bar in bars], [bar.total for bar in bars], console.width, ascii_only)
+            yield _spark(
+                label, [bar.kept for bar in bars], [bar.total for bar in bars], console.width, ascii_only
+            )
         if report.facts:
-            yield Text(" · ".join(f"{name} {_fact(value)}" for name, value in report.facts.items()), style="dim")
+            yield Text(
+                " · ".join(f"{name} {_fact(value)}" for name, value in report.facts.items()), style="dim"
+            )
         if report.decoding is not None:
             yield from _decoding(report.decoding, ascii_only)
     for label, pairs in record.bars.items():
@@ -127,7 +133,9 @@ def _sections(record: RunRecord, console: Console) -> Iterator[RenderableType]:
     if record.environment:
         clock = record.environment.get("clock")
         load = _load(record.comparisons)
-        yield Text(f"Time is {clock}, medians of alternating runs, ± half the quartile distance.{load}", style="dim")
+        yield Text(
+            f"Time is {clock}, medians of alternating runs, ± half the quartile distance.{load}", style="dim"
+        )
     yield Text.assemble(("repeat: ", "dim"), clean(record.command))
 
 
@@ -140,7 +148,9 @@ def _load(rows: Iterable[Comparison]) -> str:
                 ratio = figure.wall / figure.median
                 ratios.append(ratio if row.about.better == "lower" else 1 / ratio)
     worst = max(ratios, default=1.0)
-    return f" The wall clock ran up to {worst:.1f} times as long: the machine was busy." if worst > 1.2 else ""
+    return (
+        f" The wall clock ran up to {worst:.1f} times as long: the machine was busy." if worst > 1.2 else ""
+    )
 
 
 def _header(record: RunRecord, console: Console) -> RenderableType:
@@ -160,7 +170,9 @@ def _fact(value: object) -> str:
     return number(value) if isinstance(value, float) else clean(str(value))
 
 
-def _spark(label: str, kept: Sequence[float], total: Sequence[float], width: int, ascii_only: bool) -> RenderableType:
+def _spark(
+    label: str, kept: Sequence[float], total: Sequence[float], width: int, ascii_only: bool
+) -> RenderableType:
     """One block per layer, as high as what is left of it; the extremes and the sum beside it."""
     blocks = ASCII_BLOCKS if ascii_only else BLOCKS
     ratios = [own / full if full else 1.0 for own, full in zip(kept, total, strict=True)]
@@ -169,13 +181,17 @@ def _spark(label: str, kept: Sequence[float], total: Sequence[float], width: int
     for ratio in ratios:
         # Only what is gone entirely gets an empty place.
         level = 0 if ratio <= 0 else max(1, min(8, round(8 * ratio)))
-        bar.append(blocks[level] * step, style="green" if ratio > 0.95 else "yellow" if ratio > 0.5 else "red")
+        bar.append(
+            blocks[level] * step, style="green" if ratio > 0.95 else "yellow" if ratio > 0.5 else "red"
+        )
     # Tokens pass through every layer, so they are averaged; heads, channels and bytes are added up.
     share = len(ratios) if "tokens" in label else 1
     sums = f"{_amount(sum(kept) / share)} of {_amount(sum(total) / share)}" if ratios else "nothing"
     low = min(range(len(ratios)), key=ratios.__getitem__) if ratios else 0
     fewest = f", fewest at {low}: {_amount(kept[low])} of {_amount(total[low])}" if ratios else ""
-    text = Text.assemble((f"{label}", "bold"), (f"  {sums} stay{' on average' if share > 1 else ''}{fewest}", "dim"))
+    text = Text.assemble(
+        (f"{label}", "bold"), (f"  {sums} stay{' on average' if share > 1 else ''}{fewest}", "dim")
+    )
     return Group(text, Padding(bar, (0, 0, 0, 2)))
 
 
@@ -231,7 +247,9 @@ def _table(rows: Sequence[Comparison], console: Console) -> Iterator[RenderableT
             cells.append(_gain(row))
         if bounded:
             cells.append("" if row.bound is None else f"{row.bound:.2f}x")
-            cells.append("" if row.efficiency is None else f"{row.efficiency:.0%}{' (!)' if row.suspect else ''}")
+            cells.append(
+                "" if row.efficiency is None else f"{row.efficiency:.0%}{' (!)' if row.suspect else ''}"
+            )
         table.add_row(*cells)
     yield table
     for row in rows:
@@ -254,7 +272,11 @@ def verdict(outputs: Outputs) -> str:
     """One sentence on how the two texts relate."""
     if outputs.identical:
         return f"Identical: all {outputs.tokens_dense} tokens."
-    gap = f"; the dense model's two best logits are {outputs.gap:.2g} apart there" if outputs.gap is not None else ""
+    gap = (
+        f"; the dense model's two best logits are {outputs.gap:.2g} apart there"
+        if outputs.gap is not None
+        else ""
+    )
     if not outputs.common:
         return f"They differ from the first token on{gap}."
     return f"The first {outputs.common} token{'s are' if outputs.common > 1 else ' is'} equal{gap}."
@@ -282,8 +304,15 @@ def _outputs(outputs: Outputs, console: Console) -> Iterator[RenderableType]:
         method = _marked(outputs.method, outputs.common_text, outputs.identical, coloured)
         legend = "method"
     panels = [
-        Panel(dense, title=Text(f"dense, {outputs.tokens_dense} tokens"), title_align="left", border_style="dim"),
-        Panel(method, title=Text(f"{legend}, {outputs.tokens_method} tokens"), title_align="left", border_style="cyan"),
+        Panel(
+            dense, title=Text(f"dense, {outputs.tokens_dense} tokens"), title_align="left", border_style="dim"
+        ),
+        Panel(
+            method,
+            title=Text(f"{legend}, {outputs.tokens_method} tokens"),
+            title_align="left",
+            border_style="cyan",
+        ),
     ]
     if console.width >= 120:
         half = console.width // 2 - 1

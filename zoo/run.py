@@ -13,7 +13,6 @@ targets that cannot be written.
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import time
 import uuid
@@ -21,11 +20,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Literal
 
 from zoo.bench.record import PROTOCOL, ModelFacts, RunRecord
 from zoo.bench.settings import Settings
-from zoo.errors import BadInput, Refused, RunFailed
+from zoo.errors import BadInput, BadParameter, Refused, RunFailed
 from zoo.interface import Method, Stack
 from zoo.interface import method as make_method
 
@@ -72,7 +72,8 @@ class Request:
         images: picture files, or names of packaged pictures.
         calibration: a text file for weight methods; ``None`` = packaged news.
         calibration_windows: windows of ``CALIBRATION_LENGTH`` tokens drawn from it.
-        draft: draft model of decoders that need one.
+        draft: draft model of decoders that need one: a reference, or ``METHOD:name=value,...`` for a copy of the target
+            pruned with that weight method.
         device, dtype: as in ``load_model``; ``None`` = its defaults.
         seed: of calibration windows and of everything random.
         save: folder for the pruned model; must not exist, or be empty.
@@ -162,7 +163,9 @@ def _in_one_line(error: Exception) -> Exception:
     import torch
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return RunFailed("the machine ran out of memory; use a smaller model, --dtype bfloat16 or shorter inputs")
+        return RunFailed(
+            "the machine ran out of memory; use a smaller model, --dtype bfloat16 or shorter inputs"
+        )
     return error
 
 
@@ -190,7 +193,7 @@ def _kind(methods: Sequence[Method], model: str | LoadedModel | None) -> Kind:
     wants = {"text": "a language model", "image": "a vision encoder", "vlm": "a vision-language model"}
     ref = model if isinstance(model, str) else getattr(model, "ref", "this model")
     raise Refused(
-        f"{names} works on {wants[kind]}, and {ref} is {wants[given]}; zoo models lists models of each kind"  # type: ignore[index]
+        f"{names} works on {wants[kind]}, and {ref} is {wants[given]}; zoo models lists models of each kind"
     )
 
 
@@ -205,6 +208,12 @@ def _check_request(request: Request, methods: Sequence[Method], kind: Kind) -> N
         raise BadInput(f"{names} works on images; leave out the prompt")
     if request.prompt is not None and not request.prompt.strip():
         raise BadInput("the prompt is empty; give some text")
+    for method in drafts:
+        if request.draft is None and getattr(method, "draft_model", "") is None:
+            raise BadInput(
+                f"{method.slug} needs a draft model with the target's tokenizer: give --draft MODEL, or --draft "
+                "flap:sparsity=0.3 for a pruned copy of the target"
+            )
     if request.calibration is not None and not prunes:
         raise BadInput(f"{names} needs no calibration text; leave it out")
     if request.save is not None and not prunes:
@@ -228,8 +237,13 @@ def _check_target(folder: Path, what: str, *, must_be_new: bool) -> None:
         if must_be_new and any(folder.iterdir()):
             raise BadInput(f"{folder} is not empty; name a new folder for {what}")
     home = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
-        raise BadInput(f"{what} cannot be written to {folder}: {home} is not a folder that may be written")
+    try:
+        # Asking for permission is not enough: read-only and special file systems grant it and fail.
+        with TemporaryFile(dir=home):
+            pass
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise BadInput(f"{what} cannot be written to {folder}: {reason}") from None
 
 
 class _Job:
@@ -271,7 +285,8 @@ class _Job:
             self.progress(f"loading {model}", 0, 0)
             model = load_model(model, device=request.device, dtype=request.dtype)
         self.method.check(model)
-        if request.draft is not None:
+        pruned = self._draft_pruner()
+        if request.draft is not None and pruned is None:
             self.progress(f"loading {request.draft}", 0, 0)
             self.draft = load_model(request.draft, device=str(model.device), dtype=model.dtype)
         config = model.model.config
@@ -313,6 +328,7 @@ class _Job:
             torch.manual_seed(self.request.seed)
             text = self._text_inputs(loaded) if self.kind != "image" else None
             pixels = self._pixels(loaded) if self.kind == "image" else None
+            self._prune_draft(loaded)
             own = loaded
             if "weights" in self.phases:
                 own = self._prune(session, loaded, text)
@@ -353,6 +369,35 @@ class _Job:
         if method.phase == "decoding" and self.draft is not None:
             return {"draft": self.draft}
         return {}
+
+    def _draft_pruner(self) -> Method | None:
+        """The weight method that makes the draft model out of the target, when that is what ``draft`` asks for."""
+        from zoo.interface import implemented
+
+        slug, _, settings = (self.request.draft or "").partition(":")
+        if slug not in implemented() or Path(slug).is_dir():
+            return None
+        values = parse_assignments([part for part in settings.split(",") if part])
+        pruner = make_method(slug, **values)
+        if isinstance(pruner, Stack) or pruner.phase != "weights":
+            raise BadInput(f"a draft model is made by a weight method; {slug} prunes no weights")
+        return pruner
+
+    def _prune_draft(self, loaded: LoadedModel) -> None:
+        """Make the draft model, when it is a pruned copy of the target."""
+        pruner = self._draft_pruner()
+        if pruner is None:
+            return
+        what = f"pruning a draft model with {pruner.slug}"
+        self.progress(what, 0, 0)
+        applied = pruner.apply(
+            loaded,
+            samples=self.request.calibration_windows,
+            length=min(CALIBRATION_LENGTH, _context(loaded)),
+            seed=self.request.seed,
+            progress=lambda done, total: self.progress(what, done, total),
+        )
+        self.draft = applied.loaded
 
     def _prune(self, session: Session, loaded: LoadedModel, text: Mapping[str, Any] | None) -> LoadedModel:
         """Prune, save when asked, measure; returns the pruned model."""
@@ -437,9 +482,9 @@ class _Job:
 
     def _default_prompt(self) -> str:
         if "decoding" in self.phases:
-            from zoo.data import COPY_HEAVY_PROMPT
+            from zoo.data import COPY_PROMPT
 
-            return COPY_HEAVY_PROMPT
+            return COPY_PROMPT
         return PROMPT
 
     def _vlm_inputs(self, loaded: LoadedModel) -> Any:
@@ -448,7 +493,9 @@ class _Job:
         (picture,) = self._pictures(1)
         if getattr(processor, "chat_template", None) and not self.request.raw:
             content = [{"type": "image"}, {"type": "text", "text": prompt}]
-            written = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            written = processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
         else:
             written = f"{getattr(processor, 'image_token', '<image>')}\n{prompt}\n"
         return processor(text=written, images=picture, return_tensors="pt")
@@ -537,12 +584,46 @@ def command_line(name: str, ref: str, request: Request, settings: Settings) -> s
     return shlex.join(words)
 
 
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """``["sparsity=0.3", "layers=3,6,9"]`` -> ``{"sparsity": 0.3, "layers": [3, 6, 9]}``.
+
+    Values are JSON where they can be (numbers, true, false, null, lists), comma-separated lists of such, else text;
+    the method's own types have the last word.
+
+    Raises:
+        BadParameter: no ``=``, an empty name, or a name given twice.
+    """
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        name = name.strip().replace("-", "_") if "." not in name else name.strip()
+        if not equals or not name:
+            raise BadParameter(f"--set takes NAME=VALUE, as in --set sparsity=0.3; given: '{assignment}'")
+        if name in values:
+            raise BadParameter(f"--set {name} is given twice")
+        values[name] = _value(text.strip())
+    return values
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    if "," in text:
+        return [_value(part.strip()) for part in text.split(",") if part.strip()]
+    return text
+
+
 def _tokens(tokenizer: Any, prompt: str, raw: bool) -> dict[str, Any]:
     """The prompt as ids and mask ``[1, T]``; in the model's chat template when it has one."""
     if getattr(tokenizer, "chat_template", None) and not raw:
         return dict(
             tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+                [{"role": "user", "content": prompt}],
+                add_generation_prompt=True,
+                return_dict=True,
+                return_tensors="pt",
             )
         )
     found = tokenizer(prompt, return_tensors="pt")

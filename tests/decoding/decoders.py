@@ -10,7 +10,8 @@ import torch
 from pydantic import Field
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from zoo.engines.decoding import Context, Draft, Drafter, Row, Step
+from zoo.engines.decoding import Step
+from zoo.engines.drafting import Context, Draft, Drafter, Row
 from zoo.families.decoding import AppliedDecoder, Decoder
 from zoo.models import LoadedModel
 
@@ -56,7 +57,7 @@ class Oracle(Drafter):
     ):
         self.truth = truth
         self.right = right
-        self.tree = tree  # type: ignore[misc]
+        self.tree = tree
         self.nodes = nodes
         self.random = random.Random(seed)
         self.closed = 0
@@ -88,7 +89,7 @@ class Fixed(Drafter):
 
     def __init__(self, propose: Callable[[Context, Row], Draft], *, tree: bool = False) -> None:
         self.say = propose
-        self.tree = tree  # type: ignore[misc]
+        self.tree = tree
 
     def start(self, context: Context, rows: Sequence[Row]) -> None:
         self.context = context

@@ -31,13 +31,13 @@ def speculate(
     draft: torch.Tensor,
     q: torch.Tensor | None,
     seed: int,
-    accept: Callable[..., object] = accept_chain,
+    accept: Callable[..., tuple[torch.Tensor, torch.Tensor]] = accept_chain,
 ) -> torch.Tensor:
     """First two tokens of many independent steps ``[N, 2]``; -1 where a step committed only one."""
     generator = torch.Generator().manual_seed(seed)
     uniforms = torch.rand(draft.shape, generator=generator)
     spread = p.expand(len(draft), -1, -1)
-    accepted, rest = accept(spread, draft, uniforms, None if q is None else q.expand(len(draft), -1, -1))  # type: ignore[misc]
+    accepted, rest = accept(spread, draft, uniforms, None if q is None else q.expand(len(draft), -1, -1))
     following = torch.multinomial(rest, 1, generator=generator)
     committed = torch.cat((draft, following), dim=1)
     committed = committed.scatter(1, accepted.unsqueeze(1), following)
@@ -85,7 +85,9 @@ def test_the_test_notices_soft_probabilities_of_chosen_drafts() -> None:
 def test_the_test_notices_a_rule_that_accepts_too_much() -> None:
     p, q = laws(4, 1), laws(3, 2)
 
-    def generous(p: torch.Tensor, draft: torch.Tensor, uniforms: torch.Tensor, q: torch.Tensor) -> object:
+    def generous(
+        p: torch.Tensor, draft: torch.Tensor, uniforms: torch.Tensor, q: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return accept_chain(p, draft, uniforms * 0.8, q)
 
     assert worst(speculate(p, drawn_drafts(q, 3), q, 4, generous), p) < 1e-6

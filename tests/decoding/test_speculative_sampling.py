@@ -11,7 +11,7 @@ from test_acceptance import p_value
 
 import zoo
 from zoo.engines import decoding, sampling
-from zoo.engines.decoding import Context, Draft, Row
+from zoo.engines.drafting import Context, Draft, Row
 from zoo.errors import BadInput, Refused
 from zoo.models import LoadedModel
 from zoo.models.tiny import byte_tokenizer
@@ -102,7 +102,7 @@ def test_confidence_ends_drafts_early() -> None:
     applied.generate(input_ids=prompts(), do_sample=False, max_new_tokens=20)
     stats = applied.report.decoding
     assert stats is not None
-    assert set(stats.drafted) == {1}
+    assert set(stats.drafted[:-1]) == {1}
 
 
 def test_a_draft_model_with_few_positions_drafts_less() -> None:
@@ -136,6 +136,16 @@ def test_vocabularies() -> None:
     draft.processor.add_tokens(["one more"])
     with pytest.raises(Refused, match="target's vocabulary"):
         zoo.method("speculative-sampling").apply(loaded, draft=draft)
+
+
+def test_the_draft_model_can_be_a_name() -> None:
+    loaded = zoo.load_model("tiny-llama")
+    applied = zoo.method("speculative-sampling", draft_model="tiny-llama").apply(loaded)
+    out = applied.generate(input_ids=prompts(), do_sample=False, max_new_tokens=12)
+    assert torch.equal(out, plain(loaded, prompts(), max_new_tokens=12))
+    stats = applied.report.decoding
+    assert stats is not None
+    assert stats.accepted == stats.drafted
 
 
 def test_ids_that_only_the_target_has_are_not_drafted_for() -> None:
@@ -210,7 +220,7 @@ def copies(context: Context, row: Row) -> Draft:
 def test_chosen_drafts_through_the_loop_follow_the_law() -> None:
     loaded = build(**SMALL)
     law = pair_law(loaded, ids_of_small())
-    samples = many(plug(loaded, Fixed(copies)), ids_of_small(), 3000)
+    samples = many(plug(loaded, Fixed(copies)), ids_of_small(), 1200)
     assert chi_square(samples, law) > 1e-3
 
 
@@ -218,7 +228,7 @@ def test_drawn_drafts_through_the_loop_follow_the_law() -> None:
     loaded = build(**SMALL)
     law = pair_law(loaded, ids_of_small())
     applied = zoo.method("speculative-sampling", draft_tokens=2).apply(loaded, draft=build(seed=1, **SMALL))
-    samples = many(applied, ids_of_small(), 2000)
+    samples = many(applied, ids_of_small(), 600)
     assert chi_square(samples, law) > 1e-3
     stats = applied.report.decoding
     assert stats is not None
@@ -232,7 +242,7 @@ def test_trees_through_the_loop_follow_the_law() -> None:
     applied = plug(loaded, tree)
     torch.manual_seed(11)
     options = {"do_sample": True, "max_new_tokens": 3, "pad_token_id": 0} | WARP
-    samples = torch.cat([applied.generate(input_ids=ids_of_small(), **options) for _ in range(600)])
+    samples = torch.cat([applied.generate(input_ids=ids_of_small(), **options) for _ in range(250)])
     assert chi_square(samples, law) > 1e-3
 
 
@@ -245,10 +255,5 @@ def test_a_broken_rule_is_noticed_through_the_loop(broken: str, monkeypatch: pyt
     else:
         right = sampling.accept_chain
         monkeypatch.setattr(decoding, "accept_chain", lambda p, x, u, q=None: right(p, x, u * 0.5, q))
-    samples = many(plug(loaded, Fixed(copies)), ids_of_small(), 3000)
-    try:
-        assert chi_square(samples, law) < 1e-6
-    except AssertionError:
-        # A pair that the warped law forbids is the plainest sign of all.
-        counts = torch.bincount(samples[:, -2] * 8 + samples[:, -1], minlength=64)
-        assert counts[law == 0].any()
+    samples = many(plug(loaded, Fixed(copies)), ids_of_small(), 1200)
+    assert chi_square(samples, law) < 1e-6

@@ -40,7 +40,7 @@ def test_wrong_lines_are_named(line: str, said: str) -> None:
 def test_an_arxiv_id_occurs_once(tmp_path: Path) -> None:
     path = tmp_path / "papers.jsonl"
     path.write_text('{"title": "A", "arxiv": "2401.00001"}\n\n{"title": "B", "arxiv": "2401.00001"}\n')
-    with pytest.raises(CatalogError, match="line 3: arXiv 2401.00001 is already on line 1"):
+    with pytest.raises(CatalogError, match=r"line 3: arXiv 2401\.00001 is already on line 1"):
         load_bibliography(path)
     with pytest.raises(CatalogError, match="cannot be read"):
         load_bibliography(tmp_path / "none.jsonl")

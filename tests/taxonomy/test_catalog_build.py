@@ -2,52 +2,46 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
 import pytest
-from catalog_fixtures import make_run, real_sources
+from catalog_fixtures import card, make_run, real_sources, small
 from pydantic import BaseModel, ConfigDict, Field
 
 from taxonomy import files
-from taxonomy.card import Card
 from taxonomy.catalog import Sources, build, built_bytes, check, parameters_of
 from taxonomy.errors import CardError, CatalogError
 from taxonomy.runs import canonical_json
 from taxonomy.vocabulary import FACETS, PROPERTIES
 
-CARD = {
-    "slug": "alpha",
-    "name": "Alpha",
-    "title": "A method for tests",
-    "summary": "It drops tokens that nobody looks at, and it does so without any training at all.",
-    "year": 2024,
-    "facets": {
-        "family": ["visual-token-pruning"],
-        "target": ["visual-tokens"],
-        "where": ["before-llm"],
-        "signal": ["diversity"],
-        "operation": ["drop"],
-        "when": ["prefill"],
-        "training": ["none"],
-    },
-    "fidelity": {"basis": "paper-text"},
-}
-
-
-def card(**changes: object) -> Card:
-    return Card.model_validate({**CARD, **changes})
-
-
-def small(*cards: Card, **more: object) -> Sources:
-    return Sources(cards={one.slug: one for one in cards or (card(),)}, **more)  # type: ignore[arg-type]
-
 
 def test_same_sources_same_bytes() -> None:
     sources = real_sources()
     assert built_bytes(sources) == built_bytes(sources)
+
+
+def test_same_bytes_in_every_process() -> None:
+    code = (
+        "import hashlib; from catalog_fixtures import card, small; from taxonomy.catalog import built_bytes; "
+        "print(hashlib.sha256(built_bytes(small(card(), card(slug='beta')))).hexdigest())"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(digests) == 1
 
 
 def test_order_of_cards_does_not_matter() -> None:
@@ -203,7 +197,7 @@ def test_a_newer_schema_is_refused(tmp_path: Path, built: Path) -> None:
     shutil.copy(built, target)
     with sqlite3.connect(target) as db:
         db.execute("UPDATE alembic_version SET version_num = '9999'")
-    with pytest.raises(CatalogError, match="newer zoo .*9999.* upgrade"):
+    with pytest.raises(CatalogError, match=r"newer zoo .*9999.* upgrade"):
         files.connect(target)
 
 

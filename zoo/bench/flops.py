@@ -21,8 +21,13 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
 
 def _missing_formulas() -> dict[Any, Callable[..., int]]:
     """Fused attention kernels that torch's counter passes over silently: the CPU one, and those of other backends."""
-    names = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_fused_attention_overrideable")
-    return {getattr(torch.ops.aten, name): _attention_flops for name in names if hasattr(torch.ops.aten, name)}
+    names = (
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_fused_attention_overrideable",
+    )
+    return {
+        getattr(torch.ops.aten, name): _attention_flops for name in names if hasattr(torch.ops.aten, name)
+    }
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ def cache_bytes(cache: Any) -> list[int]:
 
 
 def bytes_per_decode_step(decoder: Decoder, cached: int = 0) -> int:
-    """Bytes one greedy step at batch 1 must read: every weight of the layers and the head, one embedding row, the cache.
+    """Bytes one greedy step at batch 1 must read: weights of layers and head, one embedding row, the cache.
 
     The input embedding is a table of which one row is read; when it is tied to the head, the head reads all of it.
 

@@ -73,7 +73,12 @@ def language_quality(
         if progress is not None:
             progress(done)
     return LanguageQuality(
-        dense_loss / tokens, method_loss / tokens, agreement / tokens, divergence / tokens, tokens, len(windows)
+        dense_loss / tokens,
+        method_loss / tokens,
+        agreement / tokens,
+        divergence / tokens,
+        tokens,
+        len(windows),
     )
 
 

@@ -54,24 +54,75 @@ def _quantities(*rows: tuple[str, str, str, str | None, str, str]) -> dict[str, 
 
 
 QUANTITIES = _quantities(
-    ("prefill-time", "prefill", "ms", "lower", "speed", "One forward pass over the whole prompt, filling the cache."),
-    ("decode-speed", "decode", "tokens/s", "higher", "speed", "Tokens per second after the first one, batch 1, greedy."),
-    ("generation-speed", "whole generation", "tokens/s", "higher", "speed", "New tokens over total time, prefill included."),
-    ("selection-time", "of which selection", "ms", "lower", "speed", "Part of the prefill spent choosing what to keep: timed beside a replay of the same choice."),
-    ("image-time", "time per image", "ms", "lower", "speed", "One forward pass of the encoder over the batch, per image."),
-    ("flops", "FLOPs", "GFLOP", "lower", "speed", "Floating-point operations of the timed forward pass, counted while it runs."),
-    ("tokens-per-step", "tokens per forward pass", "tokens", "higher", "speed", "Tokens committed per pass of the large model."),
-    ("perplexity", "perplexity", "", "lower", "quality", "Exponential of the mean next-token loss on held-out text."),
-    ("agreement", "next-token agreement", "", "higher", "quality", "Fraction of positions whose most likely next token is the dense model's."),
-    ("kl", "KL from dense", "nats", "lower", "quality", "Mean Kullback-Leibler divergence KL(dense || method) of next-token distributions."),
-    ("identical-tokens", "identical tokens", "", "higher", "quality", "Fraction of the generated tokens before the first difference from the dense model's."),
-    ("first-token-agreement", "first-token agreement", "", "higher", "quality", "1 when the first generated token is the dense model's."),
-    ("cosine-cls", "cosine of [CLS] features", "", "higher", "quality", "Cosine similarity of the final class token with the dense model's."),
-    ("cosine-mean", "cosine of mean patch features", "", "higher", "quality", "Cosine similarity of the mean patch token (weighted by size where tokens were merged) with the dense model's."),
+    # Speed
+    (
+        "prefill-time", "prefill", "ms", "lower", "speed",
+        "One forward pass over the whole prompt, filling the cache.",
+    ),
+    (
+        "decode-speed", "decode", "tokens/s", "higher", "speed",
+        "Tokens per second after the first one, batch 1, greedy.",
+    ),
+    (
+        "generation-speed", "whole generation", "tokens/s", "higher", "speed",
+        "New tokens over total time, prefill included.",
+    ),
+    (
+        "selection-time", "of which selection", "ms", "lower", "speed",
+        "Part of the prefill spent choosing what to keep: timed beside a replay of the same choice.",
+    ),
+    (
+        "image-time", "time per image", "ms", "lower", "speed",
+        "One forward pass of the encoder over the batch, per image.",
+    ),
+    (
+        "flops", "FLOPs", "GFLOP", "lower", "speed",
+        "Floating-point operations of the timed forward pass, counted while it runs.",
+    ),
+    (
+        "tokens-per-step", "tokens per forward pass", "", "higher", "speed",
+        "Tokens committed per pass of the large model.",
+    ),
+    # Quality
+    (
+        "perplexity", "perplexity", "", "lower", "quality",
+        "Exponential of the mean next-token loss on held-out text.",
+    ),
+    (
+        "agreement", "next-token agreement", "", "higher", "quality",
+        "Fraction of positions whose most likely next token is the dense model's.",
+    ),
+    (
+        "kl", "KL from dense", "nats", "lower", "quality",
+        "Mean Kullback-Leibler divergence KL(dense || method) of next-token distributions.",
+    ),
+    (
+        "identical-tokens", "identical tokens", "", "higher", "quality",
+        "Fraction of the generated tokens before the first difference from the dense model's.",
+    ),
+    (
+        "first-token-agreement", "first-token agreement", "", "higher", "quality",
+        "1 when the first generated token is the dense model's.",
+    ),
+    (
+        "cosine-cls", "cosine of [CLS] features", "", "higher", "quality",
+        "Cosine similarity of the final class token with the dense model's.",
+    ),
+    (
+        "cosine-mean", "cosine of mean patch features", "", "higher", "quality",
+        "Cosine similarity of the mean patch (weighted by size where tokens were merged) with the dense model's.",
+    ),
+    # Memory
     ("parameters", "parameters", "M", "lower", "memory", "All parameters of the model, shared ones once."),
     ("weight-bytes", "weights", "MB", "lower", "memory", "Bytes of all parameters, shared ones once."),
-    ("kv-bytes", "KV cache", "MB", "lower", "memory", "Bytes of keys and values after the prefill, measured in the cache."),
-    ("peak-memory", "peak memory of the prefill", "MB", "lower", "memory", "Most GPU memory allocated during the timed forward pass."),
+    (
+        "kv-bytes", "KV cache", "MB", "lower", "memory",
+        "Bytes of keys and values after the prefill, measured in the cache.",
+    ),
+    (
+        "peak-memory", "peak memory of the prefill", "MB", "lower", "memory",
+        "Most GPU memory allocated during the timed forward pass.",
+    ),
 )  # fmt: skip
 """The closed list of measured quantities, by id."""
 
@@ -179,7 +230,8 @@ class Outputs(BaseModel):
     common_text: int
     identical: bool
     gap: Finite | None = Field(
-        None, description="Dense logit gap between its two best tokens at the first difference: small = a tie."
+        None,
+        description="Dense logit gap between its two best tokens at the first difference: small = a tie.",
     )
     pieces: list[Piece] = Field(default_factory=list, description="The method's text, draft by draft.")
     meaningless: bool = Field(False, description="The model's weights are random, so the words are noise.")

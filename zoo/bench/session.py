@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,10 +36,11 @@ class Arm:
     resources: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @contextmanager
-    def ready(self) -> Iterator[AppliedStack | Applied]:
+    def ready(self) -> Iterator[AppliedStack]:
         """The applied methods (or, without any, the plain model behind the same interface); undone on exit."""
         if not self.methods:
-            yield Applied(Stack([]), self.loaded)
+            plain = Stack([])
+            yield AppliedStack(plain, [Applied(plain, self.loaded)])
             return
         layers: list[Applied] = []
         loaded = self.loaded
@@ -57,11 +59,17 @@ class Arm:
         with torch.no_grad(), self.ready() as applied:
             yield lambda: applied(**inputs)
 
+    def version(self, inputs: Mapping[str, Any]) -> Version:
+        """``forward`` as ``alternate`` takes it."""
+        return partial(self.forward, inputs)
+
 
 class Session:
     """A run in progress: measures, and adds to ``record`` what is finished, so that an interrupt loses little."""
 
-    def __init__(self, record: RunRecord, settings: Settings, device: torch.device, progress: Progress) -> None:
+    def __init__(
+        self, record: RunRecord, settings: Settings, device: torch.device, progress: Progress
+    ) -> None:
         self.record = record
         self.settings = settings
         self.device = device
@@ -130,7 +138,11 @@ def greedy(tokenizer: Any, new_tokens: int) -> dict[str, Any]:
 
 
 def outputs_of(
-    tokenizer: Any, prompt: str, dense: list[int], method: list[int], gap: Callable[[int], float] | None = None
+    tokenizer: Any,
+    prompt: str,
+    dense: list[int],
+    method: list[int],
+    gap: Callable[[int], float] | None = None,
 ) -> Outputs:
     """Both generated texts side by side.
 

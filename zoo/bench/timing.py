@@ -88,9 +88,9 @@ def stopwatch(device: torch.device) -> Callable[[Work], tuple[float, float, Any]
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
         wall = time.perf_counter()
-        start.record()  # type: ignore[no-untyped-call]
+        start.record()
         result = work()
-        stop.record()  # type: ignore[no-untyped-call]
+        stop.record()
         torch.cuda.synchronize(device)
         return start.elapsed_time(stop) / 1000, time.perf_counter() - wall, result
 

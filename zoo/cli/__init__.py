@@ -49,6 +49,9 @@ COMMANDS = (
     Command("results", "zoo.cli.results_command:results", "List what was measured.", RUN),
     Command("models", "zoo.cli.running:models", "List the models that have a short name.", RUN),
     Command("catalog", "zoo.cli.catalog_commands:app", "Build, check, query or export the catalogue.", KEEP),
+    Command(
+        "site", "zoo.cli.site_commands:app", "Build the web pages of the catalogue, or look at them.", KEEP
+    ),
     Command("new", "zoo.cli.running:new", "Begin a method: card, module and test.", KEEP),
     Command("doctor", "zoo.cli.running:doctor", "Check this installation.", KEEP),
 )
@@ -140,10 +143,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = _report(error, 2)
     except ZooError as error:
         code = _report(error, error.exit_code)
+    except Exception as error:
+        if type(error).__module__ != "sqlite3":  # not imported here: `zoo --help` needs no database
+            raise
+        code = _report(f"the catalogue is damaged ({error}); rebuild it with: zoo catalog build", 2)
     sys.exit(code)
 
 
-def _report(error: Exception, code: int) -> int:
+def _report(error: Exception | str, code: int) -> int:
     """One line on standard error."""
     typer.secho("error: ", fg="red", bold=True, err=True, nl=False, color=_colour_on_stderr())
     typer.echo(" ".join(str(error).split()), err=True)

@@ -213,6 +213,7 @@ def _use(page: MethodPage) -> RenderableType:
     keyword = f", {option.name}={default_text(option)}" if option else ""
     return Group(
         Text(f"zoo run {page.slug}{setting}", "cyan"),
+        Text(f"zoo results {page.slug}", "cyan"),
         Text(f'zoo.method("{page.slug}"{keyword}).apply(zoo.load_model("..."))', "cyan"),
     )
 

@@ -29,8 +29,11 @@ class Column(NamedTuple):
 
 
 def terminal() -> Console:
-    """Standard output. Rich honours NO_COLOR, COLUMNS and dumb terminals."""
-    return Console(highlight=False, soft_wrap=False)
+    """Standard output. Rich honours NO_COLOR, COLUMNS and dumb terminals; a pipe has no right edge."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 1000
+    return console
 
 
 def print_json(value: Any) -> None:
@@ -59,7 +62,7 @@ def print_table(
     for place, width in zip(chosen, widths, strict=True):
         column = columns[place]
         table.add_column(
-            column.title, style=column.style, justify=column.justify, width=width, overflow="fold"
+            Text(column.title), style=column.style, justify=column.justify, width=width, overflow="fold"
         )
     for row in rows:
         table.add_row(*(Text(row[place]) for place in chosen))

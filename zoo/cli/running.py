@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from zoo.cli.output import Json, complete_method
-from zoo.errors import BadInput, BadParameter
+from zoo.errors import BadInput
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,7 +44,8 @@ def run(
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="The same, from a file.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Do not put the prompt into the chat template.")] = False,
     image: Annotated[
-        list[str] | None, typer.Option("--image", help="Picture file, or china, flower; repeatable for encoders.")
+        list[str] | None,
+        typer.Option("--image", help="Picture file, or china, flower; repeatable for encoders."),
     ] = None,
     calibration: Annotated[
         Path | None, typer.Option("--calibration", help="Text for pruning: .txt, .jsonl or .json.")
@@ -52,36 +53,54 @@ def run(
     calibration_windows: Annotated[
         int, typer.Option("--calibration-windows", min=1, help="Windows of 128 tokens drawn from it.")
     ] = 64,
-    draft: Annotated[str | None, typer.Option("--draft", help="Draft model, for methods that use one.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate.")] = None,
+    draft: Annotated[
+        str | None, typer.Option("--draft", help="Draft model, for methods that use one.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate.")
+    ] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of everything random.")] = 0,
     repeats: Annotated[int, typer.Option("--repeats", "-r", min=1, help="Timed rounds per quantity.")] = 5,
     seconds: Annotated[
-        float, typer.Option("--seconds", min=0, help="Begin no further round of a quantity after this (three are made).")
+        float,
+        typer.Option(
+            "--seconds", min=0, help="Begin no further round of a quantity after this (three are made)."
+        ),
     ] = 20.0,
-    save: Annotated[Path | None, typer.Option("--save", metavar="DIR", help="Write the pruned model here.")] = None,
+    save: Annotated[
+        Path | None, typer.Option("--save", metavar="DIR", help="Write the pruned model here.")
+    ] = None,
     report: Annotated[
         Path | None, typer.Option("--report", metavar="DIR", help="Write report.html and record.json here.")
     ] = None,
     as_json: Json = False,
-    no_record: Annotated[bool, typer.Option("--no-record", help="Do not store the run in your catalogue.")] = False,
+    no_record: Annotated[
+        bool, typer.Option("--no-record", help="Do not store the run in your catalogue.")
+    ] = False,
 ) -> None:
     """Run a method on a model, measured side by side with the unmodified model."""
-    parameters = parse_assignments(assignments or [])
-    prompt = _prompt(prompt, prompt_file)
-
     from zoo.bench.record import RunRecord
     from zoo.bench.settings import Settings
-    from zoo.run import Request, RunInterrupted
+    from zoo.run import Request, RunInterrupted, parse_assignments
     from zoo.run import run as run_method
 
     request = Request(
-        parameters=parameters, prompt=prompt, raw=raw, images=tuple(image or ()), calibration=calibration,
-        calibration_windows=calibration_windows, draft=draft, device=device, dtype=dtype, seed=seed, save=save,
-        report=report, store=not no_record,
-    )  # fmt: skip
+        parameters=parse_assignments(assignments or []),
+        prompt=_prompt(prompt, prompt_file),
+        raw=raw,
+        images=tuple(image or ()),
+        calibration=calibration,
+        calibration_windows=calibration_windows,
+        draft=draft,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        save=save,
+        report=report,
+        store=not no_record,
+    )
     settings = Settings(repeats=repeats, seconds=seconds, new_tokens=max_new_tokens)
     record: RunRecord
     interrupted = False
@@ -101,39 +120,11 @@ def run(
     if report is not None:
         typer.echo(f"report: {report / 'report.html'}", err=True)
     if interrupted:
-        typer.echo("interrupted: the figures above were finished" + ("" if no_record else " and are stored"), err=True)
+        typer.echo(
+            "interrupted: the figures above were finished" + ("" if no_record else " and are stored"),
+            err=True,
+        )
         raise typer.Exit(130)
-
-
-def parse_assignments(assignments: list[str]) -> dict[str, Any]:
-    """``["sparsity=0.3", "layers=3,6,9"]`` -> ``{"sparsity": 0.3, "layers": [3, 6, 9]}``.
-
-    Values are JSON where they can be (numbers, true, false, null, lists), comma-separated lists of such, else text;
-    the method's own types have the last word.
-
-    Raises:
-        BadParameter: no ``=``, an empty name, or a name given twice.
-    """
-    values: dict[str, Any] = {}
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        name = name.strip().replace("-", "_") if "." not in name else name.strip()
-        if not equals or not name:
-            raise BadParameter(f"--set takes NAME=VALUE, as in --set sparsity=0.3; given: '{assignment}'")
-        if name in values:
-            raise BadParameter(f"--set {name} is given twice")
-        values[name] = _value(text.strip())
-    return values
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        pass
-    if "," in text:
-        return [_value(part.strip()) for part in text.split(",") if part.strip()]
-    return text
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str | None:
@@ -146,7 +137,9 @@ def _prompt(prompt: str | None, file: Path | None) -> str | None:
     except UnicodeDecodeError:
         raise BadInput(f"the prompt file {file} is not UTF-8 text") from None
     except OSError as error:
-        raise BadInput(f"the prompt file {file} cannot be read: {(error.strerror or str(error)).lower()}") from None
+        raise BadInput(
+            f"the prompt file {file} cannot be read: {(error.strerror or str(error)).lower()}"
+        ) from None
 
 
 @contextmanager
@@ -229,7 +222,8 @@ def new(
     name: Annotated[str, typer.Argument(help="The method's slug, as in my-method.")],
     family: Annotated[Family, typer.Option("--family", "-f", help="What kind of method it is.")],
     into: Annotated[
-        Path | None, typer.Option("--into", metavar="DIR", help="Checkout to write to. Default: the one that runs.")
+        Path | None,
+        typer.Option("--into", metavar="DIR", help="Checkout to write to. Default: the one that runs."),
     ] = None,
 ) -> None:
     """Begin a method: a card, a module that works already, and a test."""

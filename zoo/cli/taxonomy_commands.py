@@ -71,7 +71,7 @@ def tree(
         for node in branch.nodes:
             _grow(drawn, node, running, methods)
         drawings.append(drawn)
-    print_parts(drawings, console, console.width if console.is_terminal else 1000)
+    print_parts(drawings, console, console.width)
 
 
 def _grow(parent: DrawnTree, node: Node, running: set[str], methods: bool) -> None:

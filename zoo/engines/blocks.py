@@ -204,12 +204,17 @@ class BlockReducer:
 
     @property
     def tokens(self) -> list[int]:
-        """Tokens that entered each block, and at the end those that left the last one.
+        """Tokens that reached the attention of each block, and at the end those that left the last one.
 
         Raises:
             BadInput: no input has run yet.
         """
         return self._finished.tokens
+
+    @property
+    def entered(self) -> int:
+        """Tokens of the sequence before any reduction."""
+        return self._finished.trace.tokens
 
     @property
     def left(self) -> int:
@@ -275,11 +280,12 @@ class BlockReducer:
         """Stands for the forward of a block: ``hidden_states [B, N, D]`` -> ``[B, N', D]``."""
         if block.module.training and getattr(block.module, "gradient_checkpointing", False):
             raise BadInput(
-                f"{self.name} does not work with gradient checkpointing: call gradient_checkpointing_disable()"
+                f"{self.name} does not work with gradient checkpointing: turn it off to train with {self.name}"
             )
         current = self._enter(index, hidden_states, attention_mask)
         try:
             x = self._reduce(current, index, "before", hidden_states)
+            current.tokens.append(x.shape[1])
             mask = self._mask(current, index, x, attention_mask)
             attended, _ = block.attention.module(block.norm1(x), attention_mask=mask, **arguments)
             x = _drop(block, block.scale1(attended)) + x
@@ -290,7 +296,7 @@ class BlockReducer:
                 x = current.trace.spread(x)
                 current.size, current.valid, current.shorter = None, current.padding, False
         except BaseException:
-            self._passes.pop()
+            self._end(current)
             raise
         self._leave(current, x)
         return x
@@ -307,17 +313,20 @@ class BlockReducer:
             raise RunFailed(
                 f"{self.name}: block {index} was called outside a forward pass of the whole encoder"
             )
-        current = self._passes[-1]
-        current.tokens.append(hidden.shape[1])
-        return current
+        return self._passes[-1]
 
     def _leave(self, current: _Pass, hidden: torch.Tensor) -> None:
         current.seen = None
         current.index += 1
         if current.index == len(self.encoder.blocks):
-            self._passes.pop()
+            self._end(current)
             current.tokens.append(hidden.shape[1])
             self._latest = current
+
+    def _end(self, current: _Pass) -> None:
+        """Forget an input, and what a hook left unfinished on top of it."""
+        while self._passes and self._passes.pop() is not current:
+            pass
 
     def _view(self, current: _Pass, index: int, hidden: torch.Tensor) -> BlockView:
         prefix = self.encoder.prefix

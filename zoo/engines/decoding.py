@@ -12,177 +12,18 @@ to time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, ClassVar, Literal
+from typing import Any
 
-import numpy as np
 import torch
 
+from zoo.engines.drafting import Context, Draft, Drafter, Row, Verified
 from zoo.engines.sampling import Warper, accept_chain, accept_siblings, draw, longest_match
-from zoo.engines.trees import ancestors, children, depths, is_chain, keep_last, longest_path, tree_mask
+from zoo.engines.trees import ancestors, children, depths, keep_last, longest_path, tree_mask
 from zoo.errors import BadInput, Refused
 from zoo.report import DecodingStats
-
-Need = Literal["logits", "prompt-logits", "hidden-states"]
-
-
-@dataclass
-class Draft:
-    """What a drafter proposes after the last committed token of one sample.
-
-    Attributes:
-        tokens: ``n`` token ids.
-        parents: ``[n]``, see ``zoo.engines.trees``; ``None`` is a chain.
-        laws: full distributions ``[n, V]`` (float32, on the model's device) from which the tokens were drawn, after
-            ``Context.scores``; siblings carry the law of the first of them. ``None`` = the tokens were not drawn but
-            chosen, and the one-hot rule applies. Only looked at when sampling.
-        replacement: ``False`` when siblings were drawn without replacement.
-        seen: bool ``[n + 1, n + 1]`` in place of the ancestors (row 0 the root), for drafts that are not only a tree.
-        depths: distances from the root ``[n]`` in place of those of the tree; they set the position ids.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    parents: list[int] | None = None
-    laws: torch.Tensor | None = None
-    replacement: bool = True
-    seen: np.ndarray | None = None
-    depths: list[int] | None = None
-
-    @property
-    def chain(self) -> bool:
-        """Whether plain causal attention and consecutive positions are right for it."""
-        return self.seen is None and self.depths is None and (self.parents is None or is_chain(self.parents))
-
-    def within(self, depth: int) -> Draft:
-        """The part that is at most ``depth`` deep (deeper tokens could not be committed any more)."""
-        if self.seen is not None or self.depths is not None:
-            return self
-        if self.parents is None or is_chain(self.parents):
-            if len(self.tokens) <= depth:
-                return self
-            laws = None if self.laws is None else self.laws[:depth]
-            return Draft(self.tokens[:depth], None, laws, self.replacement)
-        deep = depths(self.parents)
-        if max(deep) <= depth:
-            return self
-        stay = [index for index, level in enumerate(deep) if level <= depth]
-        place = {old: new for new, old in enumerate(stay)}
-        return Draft(
-            [self.tokens[index] for index in stay],
-            [place.get(self.parents[index], self.parents[index]) for index in stay],
-            None if self.laws is None else self.laws[stay],
-            self.replacement,
-        )
-
-
-@dataclass
-class Row:
-    """One sample. ``tokens`` is the live list of its prompt (padding left out) and all committed tokens.
-
-    ``limit`` is how deep a draft may be in this step: near the end of the generation or of the model's positions it
-    falls to 0. A cap on the number of nodes, should a drafter have one, is the drafter's own.
-    """
-
-    index: int
-    tokens: list[int]
-    prompt: int
-    limit: int = 0
-    done: bool = False
-
-    @property
-    def generated(self) -> int:
-        """Tokens committed so far."""
-        return len(self.tokens) - self.prompt
-
-
-@dataclass
-class Verified:
-    """What the target said about the root and the nodes of one sample's draft (or about its prompt).
-
-    ``tokens[0]`` is the root, ``tokens[i + 1]`` node ``i``; after the prefill they are the prompt. What the drafter did
-    not ask for is ``None``. Methods that shorten the prompt inside the model leave fewer rows than tokens after the
-    prefill; rows and tokens are aligned at their ends.
-
-    Attributes:
-        tokens: ``[n + 1]``.
-        path: accepted nodes, from the root downwards.
-        committed: tokens committed by this step: those of ``path`` and one of the target's own, unless cut short.
-        logits: ``[n + 1, V]``, raw.
-        hidden_states: per layer (embeddings first, as transformers orders them) ``[n + 1, D]``.
-        prefill: whether the tokens are the prompt.
-    """
-
-    tokens: list[int]
-    path: list[int]
-    committed: list[int]
-    logits: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    prefill: bool = False
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a drafter may know about the run.
-
-    Attributes:
-        model: the target.
-        cache: the target's cache (to be read; self-speculation may extend it if it crops it back).
-        sample: ``False`` = greedy.
-        eos: ids that end a sample.
-        max_length: total length, prompt included, at which generation ends.
-    """
-
-    model: Any
-    cache: Any
-    sample: bool
-    eos: frozenset[int]
-    max_length: int
-    warper: Warper
-    starts: tuple[int, ...]
-
-    def scores(self, row: Row, drafted: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
-        """A drafter's ``logits [V]`` after ``row.tokens + drafted``, through the target's processors.
-
-        Returns float32 ``[V]``; its softmax is the law to draw a draft token from.
-        """
-        if self.warper.plain:
-            return logits.float()
-        return self.warper.after(row.index, self.starts[row.index] + row.generated, drafted, logits)
-
-
-class Drafter:
-    """Proposes tokens. All methods have a default, so a drafter writes only what it uses.
-
-    A drafter lives as long as its method is applied; ``start`` begins a new ``generate``. Batches: either write
-    ``propose_row``, or ``propose`` for all rows at once.
-    """
-
-    needs: ClassVar[frozenset[Need]] = frozenset()
-    """What ``observe`` wants to see of the target's forward passes: logits of drafts, of the prompt, hidden states."""
-    tree: ClassVar[bool] = False
-    """Whether drafts may be anything else than chains."""
-
-    def start(self, context: Context, rows: Sequence[Row]) -> None:
-        """A new generation begins; the prompts are in ``rows``, nothing is committed yet."""
-
-    def propose(self, rows: Sequence[Row]) -> list[Draft]:
-        """One draft for each of ``rows`` (those still running with a ``limit`` above 0)."""
-        return [self.propose_row(row) for row in rows]
-
-    def propose_row(self, row: Row) -> Draft:
-        """A draft to follow ``row.tokens``; an empty one makes this a plain step."""
-        return Draft()
-
-    def observe(self, row: Row, verified: Verified) -> None:
-        """Called after the prefill and after every step, when ``row.tokens`` already holds what was committed."""
-
-    def stop(self) -> None:
-        """The generation is over (also after an exception)."""
-
-    def close(self) -> None:
-        """The method is taken off the model."""
 
 
 @dataclass(frozen=True)
@@ -282,7 +123,7 @@ class Speculation:
         """
         begun = perf_counter()
         cache = model_kwargs.get("past_key_values")
-        self._refuse(model, input_ids, logits_processor, stopping_criteria, generation_config, cache)
+        self._refuse(model, len(input_ids), logits_processor, generation_config, cache)
         if synced_gpus:
             raise Refused(
                 f"{self.name} runs each process on its own; sharded generation (synced_gpus) is not supported"
@@ -309,9 +150,7 @@ class Speculation:
         # The columns of a batch have gaps that a caller could not know of.
         return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=cache if len(ids) == 1 else None)
 
-    def _refuse(
-        self, model: Any, input_ids: torch.Tensor, processors: Any, criteria: Any, config: Any, cache: Any
-    ) -> None:
+    def _refuse(self, model: Any, batch: int, processors: Any, config: Any, cache: Any) -> None:
         """Raise ``Refused``, in one line, for what cannot be honoured exactly."""
 
         def say(what: str) -> Refused:
@@ -342,7 +181,6 @@ class Speculation:
         if any(cache.is_linear) or model.config.is_encoder_decoder:
             raise say("it needs a decoder whose layers all attend to a cache that can be cropped")
         sliding = any(cache.is_sliding)
-        batch = len(input_ids)
         if batch > 1:
             if self.streamer is not None:
                 raise say("a streamer shows one sample at a time: use batch size 1")
@@ -405,10 +243,8 @@ class _Run:
             for item in criteria
             if not isinstance(item, MaxLengthCriteria) and not hasattr(item, "eos_token_id")
         ]
-        pad = config.pad_token_id
-        self.pad = int(pad) if pad is not None else min(self.eos, default=None)
-        if isinstance(config.eos_token_id, (list, tuple)) and pad is None:
-            self.pad = int(config.eos_token_id[0])
+        first = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+        self.pad: int | None = first if config.pad_token_id is None else config.pad_token_id
         if batch > 1 and self.criteria and self.pad is None:
             raise BadInput(
                 f"{owner.name}: samples of a batch may stop at different lengths: give pad_token_id"
@@ -538,7 +374,8 @@ class _Run:
             # The last committed token is the g-th generated one: its position is g behind the prompt's last.
             root = row.generated
             if draft.chain:
-                offsets.append(list(range(root, root + width)))
+                # Filling stays at the root's position: behind the draft there may be no position left.
+                offsets.append([*range(root, root + width - rest), *[root] * rest])
             else:
                 deep = draft.depths if draft.depths is not None else depths(draft.parents or [])
                 offsets.append([root, *(root + depth for depth in deep)])

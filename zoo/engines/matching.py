@@ -1,4 +1,4 @@
-"""Matching tokens in pairs, and merging them: the bipartite soft matching of ToMe (arXiv 2210.09461, section 3.2).
+"""Matching tokens in pairs, and merging them: the bipartite soft matching of ToMe (arXiv 2210.09461, section 3).
 
 Pure tensor functions, batched, without loops over tokens. Similarities are computed in float32 whatever the type of
 the model, so that half precision does not change who merges with whom.
@@ -46,8 +46,10 @@ def bipartite_soft_matching(
     scores = feature[:, ::2] @ feature[:, 1::2].transpose(1, 2)
     even_prefix, odd_prefix = (prefix + 1) // 2, prefix // 2
     lowest = float("-inf")
-    scores[:, :even_prefix] = lowest
-    scores[:, :, :odd_prefix] = lowest
+    if even_prefix:
+        scores[:, :even_prefix] = lowest
+    if odd_prefix:
+        scores[:, :, :odd_prefix] = lowest
     if valid is not None:
         scores.masked_fill_(~valid[:, ::2, None], lowest).masked_fill_(~valid[:, None, 1::2], lowest)
     best, partner = scores.max(-1)
@@ -55,15 +57,15 @@ def bipartite_soft_matching(
     moved, stayed = order[:, :r], order[:, r:]
     if prefix:
         stayed = stayed.sort(-1).values
-    odd = torch.arange(tokens // 2, device=metric.device).expand(len(metric), -1)
+    # Odd tokens follow all even ones that stayed; a prefix that lies at even and odd places goes in front of both,
+    # which leaves the places of the other odd tokens as they are.
     target = partner.gather(1, moved) + stayed.shape[1]
+    even, odd = 2 * stayed, torch.arange(1, tokens, 2, device=metric.device).expand(len(metric), -1)
     if odd_prefix:
-        # Prefix tokens lie at even and odd places; interleave them again. Odd ones never are targets, and the
-        # others keep their place behind all even tokens.
         head = torch.arange(prefix, device=metric.device).expand(len(metric), -1)
-        kept = torch.cat((head, 2 * stayed[:, even_prefix:], 2 * odd[:, odd_prefix:] + 1), dim=1)
+        kept = torch.cat((head, even[:, even_prefix:], odd[:, odd_prefix:]), dim=1)
     else:
-        kept = torch.cat((2 * stayed, 2 * odd + 1), dim=1)
+        kept = torch.cat((even, odd), dim=1)
     return Join(kept, 2 * moved, target, tokens, weight)
 
 

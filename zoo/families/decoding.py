@@ -11,7 +11,8 @@ from zoo.interface import Applied, Method, Phase, refuse
 from zoo.report import Report
 
 if TYPE_CHECKING:
-    from zoo.engines.decoding import Drafter, Step
+    from zoo.engines.decoding import Step
+    from zoo.engines.drafting import Drafter
     from zoo.models import LoadedModel
 
 

@@ -53,6 +53,8 @@ class EncoderTokenReducer(Method):
         anatomy = loaded.anatomy
         if anatomy.encoder is None:
             raise refuse(self, "a vision encoder", f"the architecture {anatomy.description}")
+        if anatomy.encoder.packed_order is not None:
+            raise refuse(self, "an encoder with one sequence per picture", "one that packs all pictures into one")
         if anatomy.kind == "vlm":
             if not self.restore:
                 raise Refused(
@@ -106,7 +108,7 @@ class AppliedEncoder(Applied):
 
     @property
     def tokens_per_block(self) -> list[int]:
-        """Tokens that entered each block, prefix included."""
+        """Tokens that reached the attention of each block, prefix included."""
         return self.reducer.tokens[:-1]
 
     @property
@@ -129,13 +131,12 @@ class AppliedEncoder(Applied):
 
     @property
     def report(self) -> Report:
-        """Tokens that entered each block (prefix included) for the latest input.
+        """Tokens that reached the attention of each block (prefix included) for the latest input.
 
         Raises:
             BadInput: nothing has run yet.
         """
-        tokens = self.tokens_per_block
-        total = tokens[0]
+        tokens, total = self.tokens_per_block, self.reducer.entered
         return Report(
             method=self.method.name,
             parameters=self.method.parameters(),

@@ -133,6 +133,8 @@ class WeightPruner(Method):
             inplace: cut the caller's own model instead of a copy. Saves the weights that leave; cannot be undone.
             progress: called with finished and total layers.
 
+        Resources meant for the other methods of a stack are passed over.
+
         Raises:
             Refused: the model is not one that the method can prune.
             BadInput: the calibration data do not suffice, or texts are given and the model has no tokenizer.

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from zoo.errors import Refused
+from zoo.models.packing import Packer
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,10 @@ class Encoder:
     has_distillation_token: bool
     config: Any
     block_attention_key: str = "attention_mask"
+    packed_order: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """For encoders that run all crops as one long sequence: from the grids ``[pictures, 3]`` (frames, rows, columns)
+    to the patch that stands at each place of that sequence, ``[sum of patches]``. The blocks of such an encoder can
+    be observed, but their sequence cannot be shortened."""
 
 
 @dataclass(frozen=True)
@@ -199,10 +204,20 @@ class Anatomy:
     vlm: nn.Module | None = None
     """The module that receives ``input_ids`` and pixels, and calls encoder, projector and decoder."""
     image_token_id: int | None = None
+    video_token_id: int | None = None
+    """Placeholder of video tokens, where the architecture has one of its own."""
+    packer: Packer | None = None
+    """Tells which patches each visual token was made from."""
     feature_layer: int | list[int] | None = None
     """Which encoder hidden states the projector reads, numbered as in the config (-2: before the last block)."""
     drops_cls: bool = False
     """True when the VLM cuts the prefix tokens off before projecting."""
+
+    @property
+    def visual_token_ids(self) -> dict[str, int]:
+        """Placeholder ids by kind, ``image`` and ``video``."""
+        ids = {"image": self.image_token_id, "video": self.video_token_id}
+        return {kind: number for kind, number in ids.items() if number is not None}
 
     @property
     def description(self) -> str:
@@ -232,7 +247,14 @@ def anatomy_of(model: Any) -> Anatomy:
     Raises:
         Refused: the architecture is not known; the message lists those that are.
     """
-    from zoo.models import llama_like, llava_like, vit_like  # noqa: F401 - they register themselves
+    from zoo.models import (  # noqa: F401 - they register themselves
+        idefics_like,
+        internvl_like,
+        llama_like,
+        llava_like,
+        qwen_vl_like,
+        vit_like,
+    )
 
     model_type = model.config.model_type
     builder = _builders.get(model_type)

@@ -20,6 +20,8 @@ _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _UNWANTED = ["*/*", "consolidated*.safetensors"]
 """Sub-folders hold other formats of the same weights; ``consolidated`` is a second copy in another naming."""
 
+_GATED = "{} is gated: accept its terms on the hub, then run: hf auth login"
+
 
 class HubUnreachable(DownloadFailed):
     """The hub did not answer in time, or offline mode is on."""
@@ -50,17 +52,20 @@ def fetch_snapshot(repository: str, revision: str | None = None, *, code: bool =
         DownloadFailed: the download broke off.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError
 
-    commit = _commit(repository, revision)
+    _ask(repository, revision)
     try:
         folder = Path(
             snapshot_download(
                 repository,
-                revision=commit,
+                revision=revision,  # by its name, so that the cache finds it under that name when offline
                 allow_patterns=_WANTED + (["*.py"] if code else []),
                 ignore_patterns=_UNWANTED,
             )
         )
+    except GatedRepoError:  # anyone may ask about a gated model; only its files are closed
+        raise ModelNotFound(_GATED.format(repository)) from None
     except Exception as error:  # the HTTP library below the hub client changes between its versions
         raise DownloadFailed(f"the download of {repository} broke off: {_first_line(error)}") from None
     if not _complete(folder):
@@ -70,8 +75,8 @@ def fetch_snapshot(repository: str, revision: str | None = None, *, code: bool =
     return folder
 
 
-def _commit(repository: str, revision: str | None) -> str:
-    """Ask the hub which commit ``revision`` is: one question, one try, a few seconds."""
+def _ask(repository: str, revision: str | None) -> None:
+    """Ask the hub whether it has this model: one question, one try, a few seconds."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -92,12 +97,10 @@ def _commit(repository: str, revision: str | None) -> str:
     if not answer:
         raise HubUnreachable(f"the hub gave no answer in {PATIENCE:.0f} s")
     match answer[0]:
-        case str(commit):
-            return commit
+        case str():  # a commit
+            return
         case GatedRepoError():
-            raise ModelNotFound(
-                f"{repository} is gated: accept its terms on the hub, then run: hf auth login"
-            )
+            raise ModelNotFound(_GATED.format(repository))
         case RevisionNotFoundError():
             raise ModelNotFound(f"{repository} has no revision '{revision}'")
         case RepositoryNotFoundError():
@@ -114,7 +117,8 @@ def _complete(folder: Path) -> bool:
         return False
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        return any(folder.glob("*.safetensors"))
+        weights = list(folder.glob("*.safetensors"))
+        return bool(weights) and not any("-of-" in file.name for file in weights)  # shards need their index
     try:
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, AttributeError):

@@ -136,6 +136,13 @@ _TINY = (
     ("tiny-clip", "encoder", "CLIP's vision encoder."),
     ("tiny-siglip", "encoder", "SigLIP's vision encoder: no [CLS] token."),
     ("tiny-llava", "vlm", "LLaVA: CLIP encoder, projector, Llama decoder; 36 visual tokens per image."),
+    ("tiny-llava-next", "vlm", "LLaVA-NeXT: thumbnail and crops, newline tokens."),
+    ("tiny-llava-onevision", "vlm", "LLaVA-OneVision: SigLIP encoder, crops, several images, video."),
+    ("tiny-qwen2.5-vl", "vlm", "Qwen2.5-VL: M-RoPE, window attention, 2x2 patch merger, video."),
+    ("tiny-qwen3-vl", "vlm", "Qwen3-VL: M-RoPE, visual features added to the first decoder layers, video."),
+    ("tiny-internvl", "vlm", "InternVL3: tiles and thumbnail, pixel shuffle, video."),
+    ("tiny-smolvlm", "vlm", "SmolVLM: tiles and global view with text between them, pixel shuffle, video."),
+    ("tiny-idefics3", "vlm", "Idefics3: tiles and global view with text between them, pixel shuffle."),
 )
 
 KNOWN: dict[str, KnownModel] = {

@@ -161,6 +161,7 @@ def save_pruned(loaded: LoadedModel, folder: str | Path, record: Mapping[str, An
     Everything goes to a hidden folder beside the target, which is renamed when complete. The model loads again with
     ``zoo.load_model(folder)``, or with plain transformers: ``AutoModelForCausalLM.from_pretrained(folder)`` when its
     layers are alike, with ``trust_remote_code=True`` otherwise (a copy of ``modeling_pruned.py`` is in the folder).
+    ``AutoTokenizer`` then wants the same flag: transformers reads the model's configuration to find a tokenizer.
 
     Args:
         loaded: a model that ``refit`` has been given.

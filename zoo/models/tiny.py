@@ -91,23 +91,27 @@ def _randomise(model: nn.Module, seed: int) -> None:
         if parameter.ndim >= 2:
             adds_to_patches = "position_embedding" in name or name.endswith("_token")
             parameter.copy_(noise if adds_to_patches else noise / math.sqrt(parameter[0].numel()))
-        elif name.endswith(("weight", "lambda1")):
+        elif name.endswith(("weight", "lambda1", "lambda_1", "lambda_2")):
             parameter.copy_(1 + 0.1 * noise)
         else:
             parameter.copy_(0.1 * noise)
 
 
-def byte_tokenizer() -> Any:
-    """A tokenizer without training: one token per UTF-8 byte, ``<s>`` in front, padding on the left."""
+def byte_tokenizer(*extra: str) -> Any:
+    """A tokenizer without training: one token per UTF-8 byte, ``<s>`` in front, padding on the left.
+
+    Args:
+        extra: further special tokens; their ids follow those of the bytes.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    ids = {token: index for index, token in enumerate((*_SPECIAL, *alphabet))}
+    ids = {token: index for index, token in enumerate((*_SPECIAL, *alphabet, *extra))}
     tokenizer = Tokenizer(models.BPE(ids, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in _SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (*_SPECIAL, *extra)])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, _BOS_ID)]
     )
@@ -116,7 +120,7 @@ def byte_tokenizer() -> Any:
         pad_token=PAD,
         bos_token=BOS,
         eos_token=EOS,
-        additional_special_tokens=[IMAGE],
+        additional_special_tokens=[IMAGE, *extra],
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
@@ -193,6 +197,15 @@ def _llava(changes: dict[str, Any]) -> tuple[Any, Any]:
     return model, processor
 
 
+def _vision_language(kind: str) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
+    def build(changes: dict[str, Any]) -> tuple[Any, Any]:
+        from zoo.models import tiny_vlm
+
+        return tiny_vlm.build(kind, changes)
+
+    return build
+
+
 _BUILDERS: dict[str, Callable[[dict[str, Any]], tuple[Any, Any]]] = {
     "tiny-llama": _decoder("Llama"),
     "tiny-llama-mha": _decoder("Llama", num_key_value_heads=4),
@@ -208,4 +221,11 @@ _BUILDERS: dict[str, Callable[[dict[str, Any]], tuple[Any, Any]]] = {
     "tiny-clip": _encoder("CLIPVision", "CLIPImageProcessor"),
     "tiny-siglip": _encoder("SiglipVision", "SiglipImageProcessor"),
     "tiny-llava": _llava,
+    "tiny-llava-next": _vision_language("llava_next"),
+    "tiny-llava-onevision": _vision_language("llava_onevision"),
+    "tiny-qwen2.5-vl": _vision_language("qwen2_5_vl"),
+    "tiny-qwen3-vl": _vision_language("qwen3_vl"),
+    "tiny-internvl": _vision_language("internvl"),
+    "tiny-smolvlm": _vision_language("smolvlm"),
+    "tiny-idefics3": _vision_language("idefics3"),
 }

@@ -1,7 +1,8 @@
-"""ViT-like encoders: pre-norm blocks with separate q, k, v projections."""
+"""ViT-like encoders: pre-norm blocks, with q, k, v projections apart or (Qwen) fused."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,14 +12,20 @@ from zoo.models.anatomy import Anatomy, Attention, Encoder, EncoderBlock, Linear
 
 
 def _attention(module: nn.Module) -> Attention:
-    output = "o_proj" if hasattr(module, "o_proj") else "out_proj"
+    output = next(name for name in ("o_proj", "out_proj", "projection_layer", "proj") if hasattr(module, name))
     head_dim = int(module.head_dim)  # type: ignore[arg-type]
     scaling = getattr(module, "scaling", None) or getattr(module, "scale", None) or head_dim**-0.5
+    fused = getattr(module, "qkv", None)
+    if fused is None:
+        query, key, value = (LinearPart(module, name) for name in ("q_proj", "k_proj", "v_proj"))
+    else:
+        width = fused.out_features // 3
+        query, key, value = (LinearPart(module, "qkv", (third * width, (third + 1) * width)) for third in range(3))
     return Attention(
         module=module,
-        query=LinearPart(module, "q_proj"),
-        key=LinearPart(module, "k_proj"),
-        value=LinearPart(module, "v_proj"),
+        query=query,
+        key=key,
+        value=value,
         output=LinearPart(module, output),
         head_dim=head_dim,
         scaling=float(scaling),
@@ -29,10 +36,19 @@ def _identity(x: Any) -> Any:
     return x
 
 
+def _scale(module: Any, number: int) -> Callable[[Any], Any]:
+    """Layer scale of one branch: a module (DINOv2), a bare factor (InternVL), or none."""
+    factor = getattr(module, f"lambda_{number}", None)
+    if factor is not None:
+        return lambda x: factor * x
+    scale: Callable[[Any], Any] = getattr(module, f"layer_scale{number}", _identity)
+    return scale
+
+
 def _block(module: Any) -> EncoderBlock:
-    """Recognise a block by the names its norms have: DINOv2, ViT/DeiT, CLIP/SigLIP."""
+    """Recognise a block by the names its parts have: Qwen-VL, DINOv2, ViT/DeiT/InternVL, CLIP/SigLIP/Idefics."""
     if hasattr(module, "norm1"):
-        names = ("norm1", "attention", "norm2")
+        names = ("norm1", "attn" if hasattr(module, "attn") else "attention", "norm2")
     elif hasattr(module, "layernorm_before"):
         names = ("layernorm_before", "attention", "layernorm_after")
     elif hasattr(module, "layer_norm1"):
@@ -44,10 +60,10 @@ def _block(module: Any) -> EncoderBlock:
         module=module,
         norm1=norm1,
         attention=_attention(attention),
-        scale1=getattr(module, "layer_scale1", _identity),
+        scale1=_scale(module, 1),
         norm2=norm2,
         mlp=module.mlp,
-        scale2=getattr(module, "layer_scale2", _identity),
+        scale2=_scale(module, 2),
         drop=getattr(module, "drop_path", getattr(module, "dropout", None)),
     )
 
@@ -60,10 +76,25 @@ def _blocks_of(module: nn.Module) -> list[Any]:
     return list(max(lists, key=lambda stack: len(stack)))
 
 
+_WITHOUT_CLS = (
+    "siglip",
+    "siglip_vision_model",
+    "idefics3_vision",
+    "smolvlm_vision",
+    "qwen2_5_vl_vision",
+    "qwen3_vl_vision",
+)
+
+
+def _side(value: int | Sequence[int]) -> int:
+    """A size given as one number or as ``(height, width)``."""
+    return value if isinstance(value, int) else value[0]
+
+
 def encoder_parts(module: Any) -> Encoder:
     """Parts of a vision encoder such as ``Dinov2Model`` or ``CLIPVisionModel``."""
     config = module.config
-    has_cls = config.model_type not in ("siglip", "siglip_vision_model")
+    has_cls = config.model_type not in _WITHOUT_CLS
     distilled = config.model_type == "deit"
     registers = int(getattr(config, "num_register_tokens", 0) or 0)
     blocks = tuple(_block(block) for block in _blocks_of(module))
@@ -71,9 +102,9 @@ def encoder_parts(module: Any) -> Encoder:
         module=module,
         blocks=blocks,
         hidden_size=config.hidden_size,
-        heads=config.num_attention_heads,
-        patch_size=config.patch_size,
-        image_size=config.image_size,
+        heads=blocks[0].attention.heads,
+        patch_size=_side(config.patch_size),
+        image_size=_side(getattr(config, "image_size", 0)),
         prefix=int(has_cls) + int(distilled) + registers,
         has_cls=has_cls,
         has_distillation_token=distilled,

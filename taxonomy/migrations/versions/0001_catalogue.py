@@ -77,11 +77,18 @@ def upgrade() -> None:
             nullable=True,
             comment="commit or release of the official code that was read",
         ),
+        sa.Column("facets", sa.JSON(), nullable=False, comment="term ids by facet, the main one first"),
+        sa.Column(
+            "properties", sa.JSON(), nullable=False, comment="yes or no by property; absent = does not apply"
+        ),
         sa.Column(
             "term_weight", sa.Float(), nullable=False, comment="sum of the facet weights of all its terms"
         ),
         sa.CheckConstraint(
             "basis IN ('official-code', 'paper-text', 'abstract-only')", name=op.f("ck_method_basis")
+        ),
+        sa.CheckConstraint(
+            "kind IN ('method', 'baseline', 'benchmark', 'survey', 'analysis')", name=op.f("ck_method_kind")
         ),
         sa.CheckConstraint("year BETWEEN 1980 AND 2100", name=op.f("ck_method_year")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_method")),
@@ -192,6 +199,9 @@ def upgrade() -> None:
         sa.Column("kind", sa.String(), nullable=False),
         sa.Column("position", sa.Integer(), nullable=False),
         sa.Column("text", sa.Text(), nullable=False),
+        sa.CheckConstraint(
+            "kind IN ('note', 'paper_vs_code', 'deviation', 'reconstructed')", name=op.f("ck_note_kind")
+        ),
         sa.ForeignKeyConstraint(["method"], ["method.slug"], name=op.f("fk_note_method")),
         sa.PrimaryKeyConstraint("method", "kind", "position", name=op.f("pk_note")),
         sqlite_with_rowid=False,
@@ -277,14 +287,17 @@ def upgrade() -> None:
             nullable=True,
             comment="what the method removed, as zoo.report.Report",
         ),
+        sa.CheckConstraint(
+            "status IN ('done', 'failed', 'refused', 'interrupted')", name=op.f("ck_run_status")
+        ),
         sa.ForeignKeyConstraint(["environment"], ["environment.id"], name=op.f("fk_run_environment")),
         sa.ForeignKeyConstraint(["model"], ["model.id"], name=op.f("fk_run_model")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_run")),
         sa.UniqueConstraint("key", name=op.f("uq_run_key")),
     )
     op.create_index(op.f("ix_run_config"), "run", ["config"], unique=False)
-    op.create_index(op.f("ix_run_model_started"), "run", ["model", "started"], unique=False)
-    op.create_index(op.f("ix_run_started"), "run", ["started"], unique=False)
+    op.create_index(op.f("ix_run_model_started_key"), "run", ["model", "started", "key"], unique=False)
+    op.create_index(op.f("ix_run_started_key"), "run", ["started", "key"], unique=False)
     op.create_table(
         "term",
         sa.Column("facet", sa.String(), nullable=False),
@@ -313,6 +326,7 @@ def upgrade() -> None:
         sa.Column("passed", sa.Boolean(create_constraint=True, name="passed"), nullable=False),
         sa.Column("version", sa.String(), nullable=True, comment="version of the zoo that was checked"),
         sa.Column("detail", sa.Text(), nullable=True),
+        sa.CheckConstraint("kind IN ('golden', 'property', 'facet')", name=op.f("ck_verification_kind")),
         sa.ForeignKeyConstraint(["method"], ["method.slug"], name=op.f("fk_verification_method")),
         sa.PrimaryKeyConstraint("method", "kind", "subject", "model", name=op.f("pk_verification")),
         sqlite_with_rowid=False,
@@ -334,6 +348,8 @@ def upgrade() -> None:
             comment="half the distance between the quartiles unless the protocol says otherwise",
         ),
         sa.Column("n", sa.Integer(), nullable=False),
+        sa.CheckConstraint("arm IN ('dense', 'method', 'ratio')", name=op.f("ck_measurement_arm")),
+        sa.CheckConstraint("n >= 1", name=op.f("ck_measurement_n")),
         sa.ForeignKeyConstraint(["run"], ["run.id"], name=op.f("fk_measurement_run"), ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("run", "task", "quantity", "arm", name=op.f("pk_measurement")),
         sqlite_with_rowid=False,

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from zoo.bench.record import Piece
 from zoo.bench.session import Arm, Session, greedy, logit_gap, outputs_of
 from zoo.bench.timing import Samples, summarise
+from zoo.families.decoding import AppliedDecoder
 from zoo.report import DecodingStats
 
 NEW_TOKENS = 64
@@ -38,7 +40,7 @@ def measure_decoding(
     arms = {"dense": dense, "method": method}
     samples = session.time(
         "timing generation",
-        {name: lambda name=name, arm=arm: _generation(arm, options, first[name]) for name, arm in arms.items()},
+        {name: partial(_generation, arm, options, first[name]) for name, arm in arms.items()},
     )
     length = inputs["input_ids"].shape[1]
     ids = {name: sample.result[0][0, length:].tolist() for name, sample in samples.items()}
@@ -104,7 +106,8 @@ def _speed(
             summarise([more["method"] / seconds for seconds in decode["method"]]),
             task=task,
             bound=stats.tokens_per_step / (verify + draft),
-            bound_of=f"tokens per step / (verify + draft) = {stats.tokens_per_step:.2f} / ({verify:.2f} + {draft:.2f}) plain steps",
+            bound_of="tokens per step / (verify + draft), in plain steps: "
+            f"{stats.tokens_per_step:.2f} / ({verify:.2f} + {draft:.2f})",
         )
     session.add_exact("tokens-per-step", 1.0, stats.tokens_per_step, n=max(1, stats.steps), task=task)
 
@@ -113,17 +116,19 @@ def _speed(
 def _generation(arm: Arm, options: Mapping[str, Any], first: list[float]) -> Iterator[Callable[[], Any]]:
     """A version for ``alternate``: one generation; the seconds until its first token are appended to ``first``.
 
-    The work returns ids ``[1, length]``, the report and the trace of the last method (``None`` when there is none).
+    The work returns ids ``[1, length]``, the report and the trace of the last method (none on the dense side).
     """
     clock = _FirstToken(arm.loaded.device)
     with torch.no_grad(), arm.ready() as applied:
-        decoder = applied.layers[-1] if arm.methods else None  # type: ignore[union-attr]
+        decoder = applied.layers[-1]
 
         def work() -> Any:
             clock.begin()
             ids = applied.generate(**options, streamer=clock)
             first.append(clock.seconds)
-            return ids, decoder and decoder.report, decoder and decoder.trace  # type: ignore[attr-defined]
+            if not isinstance(decoder, AppliedDecoder):
+                return ids, None, []
+            return ids, decoder.report, decoder.trace
 
         yield work
 

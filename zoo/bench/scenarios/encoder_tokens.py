@@ -37,9 +37,7 @@ def measure_encoder_tokens(session: Session, dense: Arm, method: Arm, inputs: Ma
         session.progress("counting FLOPs", len(flops), 2)
     _features(session, arms, inputs, task)
 
-    samples = session.time(
-        "timing the encoder", {name: lambda arm=arm: arm.forward(inputs) for name, arm in arms.items()}
-    )
+    samples = session.time("timing the encoder", {name: arm.version(inputs) for name, arm in arms.items()})
     session.add(
         "image-time",
         samples["dense"].figure(1000 / images),
@@ -71,11 +69,13 @@ def _features(session: Session, arms: Mapping[str, Arm], inputs: Mapping[str, An
             last = bare(pixel_values=inputs["pixel_values"]).last_hidden_state.float()
             sizes = None
             if arm.methods:
-                layer = applied.layers[-1]  # type: ignore[union-attr]
+                layer = applied.layers[-1]
                 session.record.reports.append(layer.report)
                 sizes = _sizes(layer, last.shape[1])
         patches = last[:, encoder.prefix :]
-        weight = torch.ones_like(patches[..., :1]) if sizes is None else sizes[:, encoder.prefix :].unsqueeze(-1)
+        weight = (
+            torch.ones_like(patches[..., :1]) if sizes is None else sizes[:, encoder.prefix :].unsqueeze(-1)
+        )
         mean = (patches * weight).sum(1) / weight.sum(1)
         found[name] = (last[:, 0] if encoder.has_cls else None, mean)
     cls = [found[name][0] for name in ("dense", "method")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from zoo.engines.reductions import Keep
 from zoo.engines.tokens import Stage, TokenReducer, View
 from zoo.families.encoder_tokens import AppliedEncoder
 from zoo.families.visual_tokens import AppliedTokens, VisualTokenReducer
-from zoo.interface import Applied, AppliedStack
 
 NEW_TOKENS = 24
 
@@ -45,18 +45,16 @@ def measure_visual_tokens(
         session.progress("counting FLOPs", len(flops), 2)
     with torch.no_grad(), method.ready() as applied:
         applied(**forward)
-        for layer in _layers(applied):
+        for layer in applied.layers:
             if isinstance(layer, AppliedTokens):
                 kept = {place: [rows.clone() for rows in lists] for place, lists in layer.kept.items()}
             if isinstance(layer, AppliedTokens | AppliedEncoder):
                 session.record.reports.append(layer.report)
     task = _task(inputs, session.record)
 
-    versions: dict[str, Version] = {
-        name: lambda arm=arm: arm.forward(forward) for name, arm in arms.items()
-    }
+    versions: dict[str, Version] = {name: arm.version(forward) for name, arm in arms.items()}
     if kept and len(method.methods) == 1:
-        versions["replay"] = lambda: _replay(method, kept, forward)
+        versions["replay"] = partial(_replay, method, kept, forward)
     samples = session.time("timing the prefill", versions)
     figures = {name: sample.figure(1000) for name, sample in samples.items()}
     session.add(
@@ -79,16 +77,14 @@ def measure_visual_tokens(
     session.record.bars["KV cache (kB)"] = [
         (own / 1e3, full / 1e3) for own, full in zip(stored["method"], stored["dense"], strict=True)
     ]
-    agreement, kl = next_token_divergence(*(samples[name].result.logits[:, -1] for name in ("dense", "method")))
+    agreement, kl = next_token_divergence(
+        *(samples[name].result.logits[:, -1] for name in ("dense", "method"))
+    )
     session.add_fidelity("first-token-agreement", agreement, task=task)
     session.add_fidelity("kl", kl, task=f"first token, {task}")
     _peaks(session, arms, forward, task)
     session.checkpoint()
     _outputs(session, arms, prompt, inputs, random)
-
-
-def _layers(applied: Applied | AppliedStack) -> list[Applied]:
-    return applied.layers if isinstance(applied, AppliedStack) else [applied]
 
 
 def _task(inputs: Mapping[str, Any], record: Any) -> str:
@@ -104,7 +100,9 @@ def _cost(milliseconds: list[float]) -> Figure:
 
 
 @contextmanager
-def _replay(method: Arm, kept: dict[int, list[torch.Tensor]], forward: Mapping[str, Any]) -> Iterator[Callable[[], Any]]:
+def _replay(
+    method: Arm, kept: dict[int, list[torch.Tensor]], forward: Mapping[str, Any]
+) -> Iterator[Callable[[], Any]]:
     """The same forward pass with the choice given beforehand: what remains of the time is not selection."""
 
     def stage(layer: int) -> Stage:

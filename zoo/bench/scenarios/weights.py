@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,13 @@ STEPS = 24
 
 
 def measure_weights(
-    session: Session, dense: LoadedModel, pruned: LoadedModel, heldout: torch.Tensor, task: str, prompt: str, inputs: Any
+    session: Session,
+    dense: LoadedModel,
+    pruned: LoadedModel,
+    heldout: torch.Tensor,
+    task: str,
+    prompt: str,
+    inputs: Any,
 ) -> None:
     """Measure ``pruned`` beside ``dense``.
 
@@ -46,7 +53,9 @@ def _memory(session: Session, dense: LoadedModel, pruned: LoadedModel) -> None:
     session.add_exact("weight-bytes", *(parameter_bytes(loaded.model) / 1e6 for loaded in (dense, pruned)))
 
 
-def _quality(session: Session, dense: LoadedModel, pruned: LoadedModel, heldout: torch.Tensor, task: str) -> None:
+def _quality(
+    session: Session, dense: LoadedModel, pruned: LoadedModel, heldout: torch.Tensor, task: str
+) -> None:
     total = len(heldout)
     what = "comparing predictions on held-out text"
     session.progress(what, 0, total)
@@ -70,11 +79,9 @@ def _prefill(session: Session, dense: LoadedModel, pruned: LoadedModel, heldout:
     task = f"{ids.shape[1]} tokens, batch 1"
     inputs = {"input_ids": ids, "use_cache": True, "logits_to_keep": 1}
     arms = {"dense": Arm(dense), "method": Arm(pruned)}
-    flops = {name: count_flops(lambda arm=arm: arm.loaded.model(**inputs)) / 1e9 for name, arm in arms.items()}
+    flops = {name: count_flops(partial(arm.loaded.model, **inputs)) / 1e9 for name, arm in arms.items()}
     bound = flops["dense"] / flops["method"]
-    samples = session.time(
-        "timing the prefill", {name: lambda arm=arm: arm.forward(inputs) for name, arm in arms.items()}
-    )
+    samples = session.time("timing the prefill", {name: arm.version(inputs) for name, arm in arms.items()})
     session.add(
         "prefill-time",
         samples["dense"].figure(1000),
@@ -100,7 +107,8 @@ def _decode(session: Session, dense: LoadedModel, pruned: LoadedModel, heldout: 
     ids = heldout.reshape(1, -1)[:, : max(1, session.settings.prompt // 2)].to(session.device)
     models = {"dense": dense, "method": pruned}
     samples = session.time(
-        "timing the decoding", {name: lambda loaded=loaded: _steps(loaded, ids) for name, loaded in models.items()}
+        "timing the decoding",
+        {name: partial(_steps, loaded, ids) for name, loaded in models.items()},
     )
     reads = {}
     for name, loaded in models.items():
@@ -127,7 +135,9 @@ def _steps(loaded: LoadedModel, ids: torch.Tensor) -> Iterator[Callable[[], Any]
         def work() -> Any:
             cache, logits = filled.past_key_values, filled.logits
             for _ in range(STEPS):
-                logits = model(input_ids=logits[:, -1:].argmax(-1), past_key_values=cache, use_cache=True).logits
+                logits = model(
+                    input_ids=logits[:, -1:].argmax(-1), past_key_values=cache, use_cache=True
+                ).logits
             # The next token is only known when the computation is over, on a GPU too.
             logits[0, -1].argmax().item()
             return cache
@@ -150,5 +160,3 @@ def _outputs(session: Session, dense: LoadedModel, pruned: LoadedModel, prompt: 
         ids["method"],
         gap=lambda place: logit_gap(dense.model, inputs, ids["dense"][:place]),
     )
-
-

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from zoo.engines.decoding import Context, Draft, Drafter, Row
+from zoo.engines.drafting import Context, Draft, Drafter, Row
 from zoo.families.decoding import Decoder
 from zoo.interface import register
 
@@ -64,7 +64,8 @@ class NgramIndex:
                 continue
             end = start + count
             if rule == "official":
-                if end > length:
+                # The second half differs from `start >= length` for overlapping matches of short drafts only.
+                if end > length or start >= length - n:
                     continue
                 return self.tokens[start:end]
             end = min(end, length if max_length is None else min(length, max_length))

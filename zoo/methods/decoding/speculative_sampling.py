@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from transformers import DynamicCache
 
-from zoo.engines.decoding import Context, Draft, Drafter, Row, Verified
+from zoo.engines.drafting import Context, Draft, Drafter, Row, Verified
 from zoo.engines.sampling import draw
 from zoo.errors import BadInput, Refused
 from zoo.families.decoding import Decoder

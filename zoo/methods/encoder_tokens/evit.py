@@ -78,7 +78,7 @@ class EViT(EncoderTokenReducer):
     def reduce(
         self, view: BlockView, scores: Callable[[BlockView], torch.Tensor], tokens: int | None = None
     ) -> Keep | Join | None:
-        """Prefix, kept patches by descending score and, when fusing, the extra token: section 3.2, equation 4."""
+        """Prefix, kept patches by descending score and, when fusing, the extra token."""
         patches = view.tokens.shape[1] - view.prefix
         count = min(patches, math.ceil(self.keep_ratio * patches) if tokens is None else tokens)
         if count == patches:

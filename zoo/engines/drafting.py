@@ -1,0 +1,177 @@
+"""What a drafter is: the interface between the loop of ``zoo.engines.decoding`` and the methods that propose tokens.
+
+A method of a few dozen lines subclasses ``Drafter``. Self-speculation reaches the target and its cache through
+``Context``; drafters that recycle the target's logits or hidden states declare it in ``needs`` and find them in
+``Verified``; draft models keep a cache of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from zoo.engines.sampling import Warper
+from zoo.engines.trees import depths, is_chain
+
+Need = Literal["logits", "prompt-logits", "hidden-states"]
+
+
+@dataclass
+class Draft:
+    """What a drafter proposes after the last committed token of one sample.
+
+    Attributes:
+        tokens: ``n`` token ids.
+        parents: ``[n]``, see ``zoo.engines.trees``; ``None`` is a chain.
+        laws: full distributions ``[n, V]`` (float32, on the model's device) from which the tokens were drawn, after
+            ``Context.scores``; siblings carry the law of the first of them. ``None`` = the tokens were not drawn but
+            chosen, and the one-hot rule applies. Only looked at when sampling.
+        replacement: ``False`` when siblings were drawn without replacement.
+        seen: bool ``[n + 1, n + 1]`` in place of the ancestors (row 0 the root), for drafts that are not only a tree.
+        depths: distances from the root ``[n]`` in place of those of the tree; they set the position ids.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] | None = None
+    laws: torch.Tensor | None = None
+    replacement: bool = True
+    seen: np.ndarray | None = None
+    depths: list[int] | None = None
+
+    @property
+    def chain(self) -> bool:
+        """Whether plain causal attention and consecutive positions are right for it."""
+        return self.seen is None and self.depths is None and (self.parents is None or is_chain(self.parents))
+
+    def within(self, depth: int) -> Draft:
+        """The part that is at most ``depth`` deep (deeper tokens could not be committed any more)."""
+        if self.seen is not None or self.depths is not None:
+            return self
+        if self.parents is None or is_chain(self.parents):
+            if len(self.tokens) <= depth:
+                return self
+            laws = None if self.laws is None else self.laws[:depth]
+            return Draft(self.tokens[:depth], None, laws, self.replacement)
+        deep = depths(self.parents)
+        if max(deep) <= depth:
+            return self
+        stay = [index for index, level in enumerate(deep) if level <= depth]
+        place = {old: new for new, old in enumerate(stay)}
+        return Draft(
+            [self.tokens[index] for index in stay],
+            [place.get(self.parents[index], self.parents[index]) for index in stay],
+            None if self.laws is None else self.laws[stay],
+            self.replacement,
+        )
+
+
+@dataclass
+class Row:
+    """One sample. ``tokens`` is the live list of its prompt (padding left out) and all committed tokens.
+
+    ``limit`` is how deep a draft may be in this step: near the end of the generation or of the model's positions it
+    falls to 0. A cap on the number of nodes, should a drafter have one, is the drafter's own.
+    """
+
+    index: int
+    tokens: list[int]
+    prompt: int
+    limit: int = 0
+    done: bool = False
+
+    @property
+    def generated(self) -> int:
+        """Tokens committed so far."""
+        return len(self.tokens) - self.prompt
+
+
+@dataclass
+class Verified:
+    """What the target said about the root and the nodes of one sample's draft (or about its prompt).
+
+    ``tokens[0]`` is the root, ``tokens[i + 1]`` node ``i``; after the prefill they are the prompt. What the drafter did
+    not ask for is ``None``. Methods that shorten the prompt inside the model leave fewer rows than tokens after the
+    prefill; rows and tokens are aligned at their ends.
+
+    Attributes:
+        tokens: ``[n + 1]``.
+        path: accepted nodes, from the root downwards.
+        committed: tokens committed by this step: those of ``path`` and one of the target's own, unless cut short.
+        logits: ``[n + 1, V]``, raw.
+        hidden_states: per layer (embeddings first, as transformers orders them) ``[n + 1, D]``.
+        prefill: whether the tokens are the prompt.
+    """
+
+    tokens: list[int]
+    path: list[int]
+    committed: list[int]
+    logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    prefill: bool = False
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a drafter may know about the run.
+
+    Attributes:
+        model: the target.
+        cache: the target's cache (to be read; self-speculation may extend it if it crops it back).
+        sample: ``False`` = greedy.
+        eos: ids that end a sample.
+        max_length: total length, prompt included, at which generation ends.
+    """
+
+    model: Any
+    cache: Any
+    sample: bool
+    eos: frozenset[int]
+    max_length: int
+    warper: Warper
+    starts: tuple[int, ...]
+
+    def scores(self, row: Row, drafted: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+        """A drafter's ``logits [V]`` after ``row.tokens + drafted``, through the target's processors.
+
+        Returns float32 ``[V]``; its softmax is the law to draw a draft token from.
+        """
+        if self.warper.plain:
+            return logits.float()
+        return self.warper.after(row.index, self.starts[row.index] + row.generated, drafted, logits)
+
+
+class Drafter:
+    """Proposes tokens. All methods have a default, so a drafter writes only what it uses.
+
+    A drafter lives as long as its method is applied; ``start`` begins a new ``generate``. Batches: either write
+    ``propose_row``, or ``propose`` for all rows at once.
+    """
+
+    needs: frozenset[Need] = frozenset()
+    """What ``observe`` wants to see of the target's forward passes: logits of drafts, of the prompt, hidden states."""
+    tree: bool = False
+    """Whether drafts may be anything else than chains."""
+
+    def start(self, context: Context, rows: Sequence[Row]) -> None:
+        """A new generation begins; the prompts are in ``rows``, nothing is committed yet."""
+
+    def propose(self, rows: Sequence[Row]) -> list[Draft]:
+        """One draft for each of ``rows`` (those still running with a ``limit`` above 0)."""
+        return [self.propose_row(row) for row in rows]
+
+    def propose_row(self, row: Row) -> Draft:
+        """A draft to follow ``row.tokens``; an empty one makes this a plain step."""
+        return Draft()
+
+    def observe(self, row: Row, verified: Verified) -> None:
+        """Called after the prefill and after every step, when ``row.tokens`` already holds what was committed."""
+
+    def stop(self) -> None:
+        """The generation is over (also after an exception)."""
+
+    def close(self) -> None:
+        """The method is taken off the model."""
