@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -298,3 +299,15 @@ def test_more_merges_than_patches_stop_at_the_prefix() -> None:
         features(loaded.model, pixels())
     assert applied.tokens_per_block == [41, 23, 14, 10]
     assert applied.report.facts["tokens left at the end"] == 8
+
+
+def test_an_encoder_that_packs_all_pictures_into_one_sequence_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded = tiny("vit")
+    anatomy = loaded.anatomy
+    assert anatomy.encoder is not None
+    packed = replace(anatomy, encoder=replace(anatomy.encoder, packed_order=lambda grids: grids))
+    monkeypatch.setattr(LoadedModel, "anatomy", packed)
+    with pytest.raises(Refused, match="one sequence per picture"):
+        zoo.method("tome").apply(loaded)

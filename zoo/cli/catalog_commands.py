@@ -35,7 +35,7 @@ Target = Annotated[Path | None, typer.Option("--file", help="Another file than t
 def sources() -> Sources:
     """The text sources, with the parameters of every implementation (which imports them, and torch)."""
     from taxonomy.catalog import Sources, parameters_of
-    from zoo.method import implemented, method_class
+    from zoo.interface import implemented, method_class
 
     slugs = [slug for slug in implemented() if (paths.CARDS / f"{slug}.toml").is_file()]
     return Sources.load(slugs, {slug: parameters_of(method_class(slug)) for slug in slugs})

@@ -54,7 +54,9 @@ class EncoderTokenReducer(Method):
         if anatomy.encoder is None:
             raise refuse(self, "a vision encoder", f"the architecture {anatomy.description}")
         if anatomy.encoder.packed_order is not None:
-            raise refuse(self, "an encoder with one sequence per picture", "one that packs all pictures into one")
+            raise refuse(
+                self, "an encoder with one sequence per picture", "one that packs all pictures into one"
+            )
         if anatomy.kind == "vlm":
             if not self.restore:
                 raise Refused(
