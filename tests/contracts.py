@@ -35,6 +35,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "evit": {"layers": [1, 2]},
     "tome": {"r": 4},
     "cfsp": {"sparsity": 0.15},
+    "random-tokens": {"schedule": {-1: 0.5, 2: 0.5}},
+    "dart": {"keep_ratio": 0.5},
+    "todre": {"tau": 0.4},
+    "hiprune": {"object_layer": 2, "alpha": 0.5},
 }
 NEW = 16
 QUESTIONS = ("What is it?", "How many are there?", "Is it on the left of the house?", "Read the sign.", "z")

@@ -23,6 +23,7 @@ _HOMES = {
     "method": "zoo.interface",
     "implemented": "zoo.interface",
     "register": "zoo.interface",
+    "run": "zoo.runner",
     "Report": "zoo.report",
     "Card": "taxonomy.card",
     "ZooError": "zoo.errors",
@@ -41,6 +42,7 @@ __all__ = [
     "load_model",
     "method",
     "register",
+    "run",
 ]
 
 
@@ -62,3 +64,4 @@ if TYPE_CHECKING:
     from zoo.models import LoadedModel
     from zoo.models.loading import load_model
     from zoo.report import Report
+    from zoo.runner import run

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import importlib
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -63,6 +64,11 @@ class Applied:
     def report(self) -> Report:
         """What was removed; raises ``BadInput`` when nothing has run yet."""
         raise BadInput(f"{self.method.name} has nothing to report")
+
+    @property
+    def reports(self) -> list[Report]:
+        """One report per method at work."""
+        return [self.report]
 
     def generate(self, **inputs: Any) -> Any:
         """As ``model.generate``: token ids ``[batch, length]``, prompt included."""
@@ -129,20 +135,37 @@ class Method(BaseModel):
         """Hyper-parameters as JSON values."""
         return self.model_dump(mode="json")
 
+    @classmethod
+    def combine(cls, methods: Sequence[Method]) -> Method:
+        """One method that does what several methods of this phase do, for stacks.
+
+        A family whose methods can share a model overrides this; places that clash may also be found later, in
+        ``check`` or ``apply``, when the model is known.
+
+        Raises:
+            BadInput: methods of this family exclude each other.
+        """
+        first, second = methods[0], methods[1]
+        raise BadInput(
+            f"{first.slug} and {second.slug} both act on {first.phase.replace('-', ' ')}; "
+            "a stack takes one method per stage"
+        )
+
 
 class Stack:
-    """Several methods of different phases applied together: ``flap+divprune+prompt-lookup``."""
+    """Several methods applied together: ``flap+divprune+prompt-lookup``.
+
+    Attributes:
+        methods: in the order in which they are applied.
+        units: what is applied: the methods, those of one phase combined to one (see ``Method.combine``).
+    """
 
     def __init__(self, methods: list[Method]) -> None:
-        phases = [method.phase for method in methods]
-        for index, phase in enumerate(phases):
-            if phase in phases[:index]:
-                other = methods[phases.index(phase)]
-                raise BadInput(
-                    f"{other.slug} and {methods[index].slug} both act on {phase.replace('-', ' ')}; "
-                    "a stack takes one method per stage"
-                )
         self.methods = sorted(methods, key=lambda method: PHASES.index(method.phase))
+        self.units: list[Method] = []
+        for _, group in groupby(self.methods, key=lambda method: method.phase):
+            together = list(group)
+            self.units.append(together[0] if len(together) == 1 else type(together[0]).combine(together))
 
     @property
     def name(self) -> str:
@@ -153,7 +176,7 @@ class Stack:
 
     def check(self, loaded: LoadedModel) -> None:
         """Ask every method."""
-        for method in self.methods:
+        for method in self.units:
             method.check(loaded)
 
     def parameters(self) -> dict[str, Any]:
@@ -164,7 +187,7 @@ class Stack:
         """Apply all methods; on failure those already applied are undone."""
         layers: list[Applied] = []
         try:
-            for method in self.methods:
+            for method in self.units:
                 layers.append(method.apply(loaded, **resources))
                 loaded = layers[-1].loaded
         except BaseException:
@@ -189,7 +212,7 @@ class AppliedStack(Applied):
     @property
     def reports(self) -> list[Report]:
         """One report per method, in order of application."""
-        return [applied.report for applied in self.layers]
+        return [report for applied in self.layers for report in applied.reports]
 
     def generate(self, **inputs: Any) -> Any:
         """Generate through the last method (a decoder drives the model; others hook it)."""

@@ -74,7 +74,7 @@ def test_reading_imports_nothing_heavy(built: Path, tmp_path: Path, command: tup
 
 
 @pytest.mark.parametrize(
-    "command", [("results",), ("import", "zoo.method"), ("import", "taxonomy.catalog")], ids=" ".join
+    "command", [("results",), ("import", "zoo.interface"), ("import", "taxonomy.catalog")], ids=" ".join
 )
 def test_the_rest_of_the_knowledge_half_knows_no_torch(
     built: Path, tmp_path: Path, command: tuple[str, ...]

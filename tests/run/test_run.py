@@ -27,7 +27,7 @@ from zoo.errors import BadInput, BadParameter
 from zoo.html_report import render
 from zoo.models.tiny import byte_tokenizer
 from zoo.panels import clean, draw
-from zoo.run import Request, RunInterrupted, parse_assignments, run
+from zoo.runner import Request, RunInterrupted, parse_assignments, run
 
 QUICK = Settings(repeats=1, new_tokens=6, windows=2, window=32, prompt=16)
 SMALL = {"calibration_windows": 4}

@@ -279,7 +279,7 @@ class RunRecord(BaseModel):
         Gains and bounds are rows of the arm ``ratio``; a bound's quantity has the suffix ``-bound``.
         """
         for row in self.comparisons:
-            unit = row.about.unit
+            unit = row.about.unit or "1"
             for arm, figure in (("dense", row.dense), ("method", row.method)):
                 if figure is not None:
                     yield _row(row, row.quantity, arm, unit, figure)

@@ -45,7 +45,7 @@ class Arm:
         layers: list[Applied] = []
         loaded = self.loaded
         try:
-            for method in self.methods:
+            for method in Stack(self.methods).units:
                 layers.append(method.apply(loaded, **self.resources.get(method.slug, {})))
                 loaded = layers[-1].loaded
             yield AppliedStack(Stack(self.methods), layers)

@@ -52,7 +52,7 @@ def run(
     ] = None,
     calibration_windows: Annotated[
         int, typer.Option("--calibration-windows", min=1, help="Windows of 128 tokens drawn from it.")
-    ] = 64,
+    ] = 32,
     draft: Annotated[
         str | None, typer.Option("--draft", help="Draft model, for methods that use one.")
     ] = None,
@@ -83,8 +83,8 @@ def run(
     """Run a method on a model, measured side by side with the unmodified model."""
     from zoo.bench.record import RunRecord
     from zoo.bench.settings import Settings
-    from zoo.run import Request, RunInterrupted, parse_assignments
-    from zoo.run import run as run_method
+    from zoo.runner import Request, RunInterrupted, parse_assignments
+    from zoo.runner import run as run_method
 
     request = Request(
         parameters=parse_assignments(assignments or []),

@@ -25,6 +25,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from zoo.errors import Refused
 
 _PREFIX = "zoo_observed_"
+_ROWS = 64
+"""Rows of attention that are computed at once when many are summed."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Seen:
         mask: what the kernel got: ``None``, ``[B, 1, Nq, Nk]`` (bool or additive) or ``[B, Nk]``.
         scaling: factor on the products.
         causal: the kernel masks the future itself when ``mask`` is ``None``.
+        groups: ``[Nk]``; queries see only keys of their own group (windows of a vision encoder). ``None`` = one group.
+        stretches: for kernels that take several sequences in a row, where each ends: ``[sequences + 1]``.
     """
 
     query: torch.Tensor
@@ -46,6 +50,8 @@ class Seen:
     mask: torch.Tensor | None
     scaling: float
     causal: bool
+    groups: torch.Tensor | None = None
+    stretches: torch.Tensor | None = None
 
     def rows(self, sample: int, index: torch.Tensor) -> torch.Tensor:
         """Attention probabilities of some queries of one sample, in float32.
@@ -64,9 +70,30 @@ class Seen:
         scores = (grouped @ key.unsqueeze(1).transpose(-1, -2)).view(heads, len(index), -1) * self.scaling
         return self._masked(scores, sample, index).softmax(-1)
 
+    def received(self, sample: int, index: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention that each key receives, summed over queries, in float32.
+
+        Rows are computed a few at a time, so that no full map exists.
+
+        Args:
+            sample: row of the batch.
+            index: query positions ``[R]``; ``None`` = all.
+
+        Returns:
+            ``[H, Nk]``.
+        """
+        if index is None:
+            index = torch.arange(self.query.shape[2], device=self.query.device)
+        total = torch.zeros(self.query.shape[1], self.key.shape[2], device=self.query.device)
+        for rows in index.split(max(1, min(_ROWS, self.key.shape[2] // 4))):
+            total += self.rows(sample, rows).sum(1)
+        return total
+
     def _masked(self, scores: torch.Tensor, sample: int, index: torch.Tensor) -> torch.Tensor:
         lowest = torch.finfo(scores.dtype).min
         mask = self.mask
+        if self.groups is not None:
+            scores = scores.masked_fill(self.groups[index].unsqueeze(-1) != self.groups, lowest)
         if mask is not None and mask.dim() == 4:
             row = mask[min(sample, mask.shape[0] - 1), 0, index, : scores.shape[-1]]
             return scores.masked_fill(~row, lowest) if row.dtype == torch.bool else scores + row.float()
@@ -106,6 +133,7 @@ def _observing(base: str) -> str:
                 attention_mask,
                 query.shape[-1] ** -0.5 if scaling is None else float(scaling),
                 bool(getattr(module, "is_causal", True) if causal is None else causal),
+                stretches=kwargs.get("cu_seq_lens_q"),
             )
             for tap in tuple(_taps.get(module, ())):
                 tap(seen)

@@ -168,4 +168,23 @@ class Transform:
         return self.matrix.to(x.dtype) @ x
 
 
+@dataclass(frozen=True)
+class Replace(Transform):
+    """Tokens that the method has made itself, where no linear map of the given ones is the same.
+
+    A method that merges encoder features in front of a projector with a nonlinearity returns what the projector made
+    of them.
+
+    Attributes:
+        values: the new tokens, ``[B, K, D]``.
+        matrix: ``[B, K, N]``, which token went into which, for those who draw it; not used to compute anything.
+    """
+
+    values: torch.Tensor
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """``values`` in the type of ``x``, whatever ``x`` is; not for models that add features layer by layer."""
+        return self.values.to(x.dtype)
+
+
 Reduction = Keep | Merge | Join | Transform

@@ -14,73 +14,20 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 from transformers import DynamicCache
 
+from zoo.engines.images import Encoded, Watcher, pictures_of
 from zoo.engines.probes import Seen, tap_attention
 from zoo.engines.reductions import Keep, Reduction
+from zoo.engines.views import HiddenPlace, Picture, Positions, Select, Stage, View
 from zoo.errors import BadInput, Refused
 from zoo.models.anatomy import Anatomy, Decoder
 
-Positions = Literal["keep", "renumber"]
-
-
-@dataclass(frozen=True)
-class View:
-    """What a method may look at: the visual tokens of one sample, and its surroundings.
-
-    Attributes:
-        tokens: visual tokens at this stage, ``[N, D]``: projected embeddings before the LLM, hidden states inside.
-        index: their places in the current (already shortened) sequence, ``[N]``.
-        original: their places in the sequence before any reduction, ``[N]``.
-        text: the other (non-padding) tokens at this stage, ``[T, D]``.
-        text_index: their places in the current sequence, ``[T]``.
-        total: visual tokens of this sample before any stage.
-        layer: decoder layer in front of which the stage stands; -1 before the LLM.
-    """
-
-    tokens: torch.Tensor
-    index: torch.Tensor
-    original: torch.Tensor
-    text: torch.Tensor
-    text_index: torch.Tensor
-    total: int
-    layer: int
-    _sample: int = 0
-    _seen: dict[int, Seen] = field(default_factory=dict, repr=False)
-
-    def attention(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
-        """Attention that queries ``rows [R]`` (places in the current sequence) of ``layer`` pay to all keys.
-
-        Returns:
-            ``[H, R, L]`` in float32, from the kernel's own queries and keys; the layer must be observed by the stage.
-        """
-        return self._seen[layer].rows(self._sample, rows)
-
-    @property
-    def last(self) -> torch.Tensor:
-        """Place of the last non-padding token, ``[1]``."""
-        return torch.maximum(self.index.max(), self.text_index.max()).reshape(1)
-
-
-Select = Callable[[View], Reduction]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Where tokens leave: in front of decoder layer ``layer`` (-1 = before the LLM).
-
-    Attributes:
-        reduce: called once per sample; returns a reduction of ``view.tokens`` with a batch of one.
-        observes: decoder layers whose attention ``reduce`` will ask for; each must lie before ``layer``, and after
-            any earlier stage.
-    """
-
-    layer: int
-    reduce: Select
-    observes: tuple[int, ...] = ()
+__all__ = ["HiddenPlace", "Positions", "Select", "Stage", "TokenReducer", "View"]
 
 
 @dataclass
@@ -91,14 +38,18 @@ class _Segment:
         columns: original place of each token, ``[B, L]``.
         valid: real tokens (False = padding), ``[B, L]``.
         visual: visual tokens, ``[B, L]``.
-        removed: how far positions move when renumbered, ``[B]``.
+        shift: how far the positions of later tokens have moved, ``[B]``.
+        renumbered: positions of its tokens ``[B, L]``, when a stage has renumbered them; ``None`` = the original ones.
     """
 
     first: int
     columns: torch.Tensor
     valid: torch.Tensor
     visual: torch.Tensor
-    removed: torch.Tensor
+    shift: torch.Tensor
+    renumbered: torch.Tensor | None = None
+    inside: bool = False
+    """A stage inside the decoder renumbered: what the decoder made for all its layers is wrong here."""
     step: dict[Any, dict[str, Any]] = field(default_factory=dict)
     """Arguments of the running forward pass, already cut, by the identity of the originals."""
 
@@ -110,7 +61,15 @@ class _Pass:
     length: int
     valid: torch.Tensor
     segments: list[_Segment]
+    given_positions: torch.Tensor | None = None
+    """Position ids that the decoder was called with."""
+    grid_positions: bool = False
+    """Positions are places in image grids (M-RoPE): renumbered, they would lose their meaning, so they never are."""
     seen: dict[int, Seen] = field(default_factory=dict)
+    hidden: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    encoded: dict[str, Encoded] = field(default_factory=dict)
+    pictures: Callable[[], list[list[Picture]]] = list
+    memory: list[dict[str, Any]] = field(default_factory=list)
     deep: list[torch.Tensor] = field(default_factory=list)
     """Visual features still to be added after layer 0, 1, ... (DeepStack), on the current sequence ``[B, L, D]``."""
     prefill: bool = True
@@ -131,7 +90,7 @@ class TokenReducer:
             raise Refused(f"{name} needs a vision-language model; this model is {anatomy.description}")
         self.name = name
         self.positions = positions
-        self.image_token_id = anatomy.image_token_id
+        self.anatomy = anatomy
         self.decoder: Decoder = anatomy.decoder
         # What enters layer 0 is what the decoder is called with: both names mean the same place.
         self.stages = [
@@ -145,6 +104,11 @@ class TokenReducer:
         """Visual tokens of each sample before any reduction, ``[B]``."""
         self.kept: dict[int, list[torch.Tensor]] = {}
         """Original places of the surviving visual tokens, per stage layer and sample (latest input)."""
+        self.arriving: dict[int, list[int]] = {}
+        """Visual tokens that reached each stage, per stage layer and sample (latest input)."""
+        self.renumbered = False
+        """Whether position ids were renumbered (latest input)."""
+        self._watcher: Watcher | None = None
         self._ids: torch.Tensor | None = None
         self._passes: weakref.WeakKeyDictionary[Any, _Pass] = weakref.WeakKeyDictionary()
         self._current: _Pass | None = None
@@ -158,13 +122,18 @@ class TokenReducer:
     def _check_depth(self) -> None:
         depth = len(self.decoder.layers)
         floor = -1
+        places = [stage.layer for stage in self.stages]
+        for place in places:
+            if places.count(place) > 1:
+                where = "before the LLM" if place < 0 else f"before layer {place}"
+                raise Refused(f"{self.name} has two stages {where}: make them one")
         for stage in self.stages:
             if not -1 <= stage.layer < depth:
                 raise Refused(
                     f"{self.name} would prune before layer {stage.layer}; "
                     f"this model has {depth} layers (0..{depth - 1})"
                 )
-            for layer in stage.observes:
+            for layer in (*stage.observes, *(layer for layer, _ in stage.observes_hidden)):
                 if not max(floor, 0) <= layer < stage.layer:
                     raise Refused(
                         f"{self.name} needs the attention of layer {layer}, which does not lie between its stages "
@@ -178,6 +147,10 @@ class TokenReducer:
         def keep(handle: Any) -> None:
             self._undo.append(handle.remove)
 
+        if self.stages:
+            watches = [watch for stage in self.stages for watch in stage.observes_encoder]
+            self._watcher = Watcher(self.anatomy, watches, self.name)
+            self._undo.append(self._watcher.close)
         keep(vlm.register_forward_pre_hook(self._on_vlm, with_kwargs=True))
         inner = self.decoder.module
         keep(inner.register_forward_pre_hook(self._on_decoder, with_kwargs=True))
@@ -192,6 +165,30 @@ class TokenReducer:
             self._undo.append(
                 tap_attention(self.decoder.layers[number].attention.module, self._on_attention(number))
             )
+        for number, place in sorted({entry for stage in self.stages for entry in stage.observes_hidden}):
+            keep(self._watch_hidden(number, place))
+
+    def _watch_hidden(self, number: int, place: HiddenPlace) -> Any:
+        """A hook that notes one hidden state during prefill. Only our own hook has cut what enters a layer by now."""
+        layer = self.decoder.layers[number]
+        modules = {"attention_in": layer.attention.module, "mlp_in": layer.mlp.module}
+        modules |= {"attention_out": modules["attention_in"], "mlp_out": modules["mlp_in"]}
+        module = modules.get(place, layer.module)
+
+        def note(value: Any) -> None:
+            current = self._current
+            if current is not None and current.prefill:
+                current.hidden[number, place] = value[0] if isinstance(value, tuple) else value
+
+        def before(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            note(args[0] if args else kwargs["hidden_states"])
+
+        def after(_: torch.nn.Module, args: Any, output: Any) -> None:
+            note(output)
+
+        if place in ("input", "attention_in", "mlp_in"):
+            return module.register_forward_pre_hook(before, with_kwargs=True)
+        return module.register_forward_hook(after)
 
     def close(self) -> None:
         """Remove all hooks."""
@@ -240,10 +237,16 @@ class TokenReducer:
 
     def _after_decoder(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         current, self._current, self._ids = self._current, None, None
+        if self._watcher is not None:
+            self._watcher.take()
         if current is not None:
             for segment in current.segments:
                 segment.step.clear()
             current.seen.clear()
+            current.hidden.clear()
+            current.encoded.clear()
+            current.memory.clear()
+            current.pictures = list
             current.prefill = False
 
     def _on_layer(self, number: int) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -288,9 +291,12 @@ class TokenReducer:
                 f"{self.name} finds visual tokens by their placeholder ids: pass input_ids, not inputs_embeds"
             )
         batch, length = embeds.shape[:2]
-        visual = self._ids == self.image_token_id
+        ids = self._ids
+        visual = torch.zeros_like(ids, dtype=torch.bool)
+        for number in self.anatomy.visual_token_ids.values():
+            visual |= ids == number
         if not bool(visual.any()):
-            raise BadInput(f"{self.name} prunes visual tokens, and this input has no image")
+            raise BadInput(f"{self.name} prunes visual tokens, and this input has no image or video")
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() != 2:
             raise BadInput(
@@ -299,8 +305,21 @@ class TokenReducer:
         valid = torch.ones_like(visual) if mask is None else mask[:, :length].bool()
         everything = torch.arange(length, device=embeds.device).expand(batch, -1)
         start = _Segment(-1, everything, valid, visual & valid, valid.new_zeros(batch, dtype=torch.long))
-        current = _Pass(length, valid, [start])
-        self.kept = {}
+        current = _Pass(length, valid, [start], memory=[{} for _ in range(batch)])
+        positions = kwargs.get("position_ids")
+        current.given_positions = positions
+        current.grid_positions = positions is not None and positions.dim() == 3
+        if self._watcher is not None:
+            current.encoded = calls = self._watcher.take()
+            pictures: list[list[Picture]] = []
+
+            def look() -> list[list[Picture]]:
+                if not pictures:
+                    pictures.extend(pictures_of(calls, self.anatomy, ids, start.visual))
+                return pictures
+
+            current.pictures = look
+        self.kept, self.arriving, self.renumbered = {}, {}, False
         self.visual_total = start.visual.sum(1)
         self.visual_per_layer = self.visual_total.unsqueeze(1).repeat(1, len(self.decoder.layers))
         self._take_deep_features(current, kwargs, visual)
@@ -334,29 +353,43 @@ class TokenReducer:
             if not len(places):
                 rows.append(_Row(others, torch.zeros_like(others, dtype=torch.bool), None, places))
                 continue
+            original = before.columns[sample, places]
             view = View(
                 tokens=hidden[sample, places],
                 index=places,
-                original=before.columns[sample, places],
+                original=original,
+                ordinal=(current.segments[0].visual[sample].long().cumsum(0) - 1)[original],
                 text=hidden[sample, others],
                 text_index=others,
                 total=int(self.visual_total[sample]),
                 layer=stage.layer,
+                seed=stage.seed,
+                memory=current.memory[sample],
                 _sample=sample,
                 _seen=current.seen,
+                _hidden=current.hidden,
+                _pictures=partial(_of_sample, current.pictures, sample),
             )
             rows.append(_arrange(stage.reduce(view), view))
+        self.arriving[stage.layer] = before.visual.sum(1).tolist()
         self.kept[stage.layer] = [before.columns[b, row.place[row.visual]] for b, row in enumerate(rows)]
         counts = torch.tensor([len(kept) for kept in self.kept[stage.layer]], device=hidden.device)
         self.visual_per_layer[:, max(stage.layer, 0) :] = counts.unsqueeze(1)
         for layer in stage.observes:
             current.seen.pop(layer, None)
+        for entry in stage.observes_hidden:
+            current.hidden.pop(entry, None)
+        if not any(later.observes_encoder for later in self.stages[self.stages.index(stage) + 1 :]):
+            for call in current.encoded.values():
+                call.release()
         if all(
             row.combine is None and torch.equal(row.place, before.valid[b].nonzero().squeeze(-1))
             for b, row in enumerate(rows)
         ):
             return hidden
-        segment, index = _assemble(stage.layer, before, current, rows)
+        renumber = (stage.positions or self.positions) == "renumber" and not current.grid_positions
+        self.renumbered |= renumber
+        segment, index = _assemble(stage.layer, before, current, rows, renumber)
         current.segments.append(segment)
         current.deep = [_reduced(features, rows, index, segment) for features in current.deep]
         return _reduced(hidden, rows, index, segment)
@@ -370,10 +403,10 @@ class TokenReducer:
         given = kwargs.get("attention_mask")
         dtype = torch.long if given is None else given.dtype
         kwargs["attention_mask"] = segment.valid.to(dtype)
-        positions = kwargs.get("position_ids")
-        if self._renumbers(positions):
-            kwargs["position_ids"] = (segment.valid.long().cumsum(1) - 1).clamp(min=0)
+        if segment.renumbered is not None:
+            kwargs["position_ids"] = segment.renumbered
             return
+        positions = current.given_positions
         if positions is None:
             positions = torch.arange(current.length, device=segment.columns.device).unsqueeze(0)
         kwargs["position_ids"] = _gather_last(positions, segment.columns)
@@ -396,9 +429,9 @@ class TokenReducer:
                 (segment.valid, segment.valid.new_ones(len(segment.valid), fresh)), dim=1
             ).long()
         positions = kwargs.get("position_ids")
-        if self._renumbers(positions):
+        if segment.renumbered is not None:
             if positions is not None:
-                kwargs["position_ids"] = positions - segment.removed.view(-1, 1)
+                kwargs["position_ids"] = positions - segment.shift.view(-1, 1)
         elif positions is None:
             fresh = kwargs["inputs_embeds"].shape[1]
             start = cache.get_seq_length() - segment.columns.shape[1] + current.length
@@ -442,24 +475,17 @@ class TokenReducer:
                 mask = mask.expand(len(local), -1, -1, -1).gather(2, rows)
             mask = _cut_columns(mask, local, segment.valid, outer.columns.shape[1])
         result: dict[str, Any] = {"attention_mask": mask}
-        moved = segment.removed - outer.removed
         if current.prefill:
             positions = None if positions is None else _gather_last(positions, local)
             if rotary is not None:
                 cos, sin = rotary
                 rotary = (_gather_rows(cos, local), _gather_rows(sin, local))
-        if self._renumbers(positions) and positions is not None and rotary is not None:
-            if current.prefill:
-                positions = (segment.valid.long().cumsum(1) - 1).clamp(min=0)
-            else:
-                positions = positions - moved.view(-1, 1)
+        if segment.inside and positions is not None and rotary is not None:
+            later = positions - (segment.shift - outer.shift).view(-1, 1)
+            positions = segment.renumbered if current.prefill else later
             assert self.decoder.rotary is not None
             rotary = self.decoder.rotary(hidden, position_ids=positions)
         return {**result, "position_ids": positions, "position_embeddings": rotary}
-
-    def _renumbers(self, positions: torch.Tensor | None) -> bool:
-        """Places in an image grid (M-RoPE, three or four rows) are never renumbered: they would lose their meaning."""
-        return self.positions == "renumber" and (positions is None or positions.dim() == 2)
 
     def _padding_mask(self, segment: _Segment, hidden: torch.Tensor) -> torch.Tensor | None:
         """``None`` was right for the full sequence; samples that keep different numbers need a mask."""
@@ -514,7 +540,7 @@ def _arrange(reduction: Reduction, view: View) -> _Row:
 
 
 def _assemble(
-    first: int, before: _Segment, current: _Pass, rows: list[_Row]
+    first: int, before: _Segment, current: _Pass, rows: list[_Row], renumber: bool
 ) -> tuple[_Segment, torch.Tensor]:
     """Left-pad the rows to one length; also the current place of each token ``[B, L]``."""
     device = before.columns.device
@@ -527,8 +553,13 @@ def _assemble(
         index[sample, pad:] = row.place
         valid[sample, pad:] = True
         visual[sample, pad:] = row.visual
-    removed = current.valid.sum(1) - valid.sum(1)
-    return _Segment(first, before.columns.gather(1, index), valid, visual, removed), index
+    columns = before.columns.gather(1, index)
+    if renumber:
+        shift = current.valid.sum(1) - valid.sum(1)
+        positions = (valid.long().cumsum(1) - 1).clamp(min=0)
+        return _Segment(first, columns, valid, visual, shift, positions, first >= 0), index
+    earlier = None if before.renumbered is None else before.renumbered.gather(1, index)
+    return _Segment(first, columns, valid, visual, before.shift, earlier, before.inside), index
 
 
 def _reduced(x: torch.Tensor, rows: list[_Row], index: torch.Tensor, segment: _Segment) -> torch.Tensor:
@@ -538,6 +569,11 @@ def _reduced(x: torch.Tensor, rows: list[_Row], index: torch.Tensor, segment: _S
         if row.combine is not None:
             short[sample, segment.visual[sample]] = row.combine(x[sample, row.before]).to(x.dtype)
     return short
+
+
+def _of_sample(pictures: Callable[[], list[list[Picture]]], sample: int) -> list[Picture]:
+    found = pictures()
+    return found[sample] if found else []
 
 
 def _segment_of(current: _Pass, layer: int) -> _Segment:

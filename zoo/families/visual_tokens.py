@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, PrivateAttr
 
 from zoo.engines.reductions import Keep
 from zoo.engines.tokens import Positions, Stage, TokenReducer
@@ -73,6 +75,83 @@ class VisualTokenReducer(Method):
             self, loaded, TokenReducer(anatomy, self.stages(anatomy), self.positions, self.slug)
         )
 
+    @classmethod
+    def combine(cls, methods: Sequence[Method]) -> Method:
+        """Their stages in one reducer: each method finds what those before it have left."""
+        joined = JoinedReducers()
+        joined._methods = tuple(method for method in methods if isinstance(method, VisualTokenReducer))
+        return joined
+
+
+class JoinedReducers(VisualTokenReducer):
+    """Several visual-token methods whose stages stand at different places."""
+
+    _methods: tuple[VisualTokenReducer, ...] = PrivateAttr(default=())
+
+    @property
+    def name(self) -> str:
+        """Slugs joined by ``+``."""
+        return "+".join(method.slug for method in self._methods)
+
+    def parameters(self) -> dict[str, Any]:
+        """Hyper-parameters of each method, by slug."""
+        return {method.slug: method.parameters() for method in self._methods}
+
+    def check(self, loaded: LoadedModel) -> None:
+        """Ask every method; then refuse two that claim the same place."""
+        for method in self._methods:
+            method.check(loaded)
+        self.stages(loaded.anatomy)
+
+    def stages(self, anatomy: Anatomy) -> list[Stage]:
+        """All stages, in order of depth.
+
+        Raises:
+            Refused: two methods have a stage at the same place, or one looks at a layer that another one's stage
+                separates from its own.
+        """
+        found: list[Stage] = []
+        for number in range(len(self._methods)):
+            found += self.stages_of(number, anatomy)
+        return sorted(found, key=lambda stage: stage.layer)
+
+    def stages_of(self, number: int, anatomy: Anatomy) -> list[Stage]:
+        """Stages of one of the methods; see ``stages``."""
+        method = self._methods[number]
+        own = [_placed(stage, method.positions) for stage in method.stages(anatomy)]
+        for other in self._methods[:number]:
+            for stage in own:
+                for theirs in (_placed(stage, other.positions) for stage in other.stages(anatomy)):
+                    if theirs.layer == stage.layer:
+                        raise Refused(
+                            f"{other.slug} and {method.slug} both prune {_place(stage.layer)}: move one of them"
+                        )
+                    for first, second, name in ((theirs, stage, method.slug), (stage, theirs, other.slug)):
+                        looked = [*second.observes, *(layer for layer, _ in second.observes_hidden)]
+                        if first.layer < second.layer and any(layer < first.layer for layer in looked):
+                            raise Refused(
+                                f"{name} prunes {_place(second.layer)} by what it saw before layer {first.layer}, "
+                                f"where tokens leave ({other.slug} and {method.slug} are too close)"
+                            )
+        return own
+
+    def apply(self, loaded: LoadedModel, **resources: Any) -> AppliedTokens:
+        """Hook ``loaded`` once for all methods."""
+        self.check(loaded)
+        anatomy = loaded.anatomy
+        return AppliedJoined(
+            self, loaded, TokenReducer(anatomy, self.stages(anatomy), self.positions, self.name)
+        )
+
+
+def _placed(stage: Stage, positions: Positions) -> Stage:
+    """``stage`` with its method's policy written on it; layer 0 and -1 are the same place."""
+    return replace(stage, layer=stage.layer or -1, positions=stage.positions or positions)
+
+
+def _place(layer: int) -> str:
+    return "before the LLM" if layer < 0 else f"before layer {layer}"
+
 
 class AppliedTokens(Applied):
     """A token method at work. ``report`` and ``kept`` speak of the latest input."""
@@ -85,11 +164,16 @@ class AppliedTokens(Applied):
         """As ``model.generate``.
 
         Raises:
-            Refused: beam search or a fixed-size cache, which layers of different lengths do not allow.
+            Refused: beam search, a prompt read in chunks, or a fixed-size cache, which layers of different lengths
+                do not allow.
         """
         config = inputs.get("generation_config") or self.model.generation_config
         if inputs.get("num_beams", config.num_beams) not in (None, 1):
             raise Refused(f"{self.method.name} does not support beam search (num_beams must be 1)")
+        if inputs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)):
+            raise Refused(
+                f"{self.method.name} must see the whole prompt at once: leave prefill_chunk_size unset"
+            )
         return self.model.generate(**inputs)
 
     @property
@@ -105,12 +189,11 @@ class AppliedTokens(Applied):
             raise BadInput(f"{self.method.name} has nothing to report: no input has run yet")
         total = reducer.visual_total.float().mean().item()
         layers = reducer.visual_per_layer.float().mean(0).tolist()
-        facts: dict[str, float | int | str] = {
-            "position ids": "kept" if reducer.positions == "keep" else "renumbered"
-        }
+        facts: dict[str, float | int | str] = {"position ids": "renumbered" if reducer.renumbered else "kept"}
         for layer, kept in reducer.kept.items():
-            place = "before the LLM" if layer < 0 else f"before layer {layer}"
-            facts[f"visual tokens kept {place}"] = round(sum(len(rows) for rows in kept) / len(kept), 2)
+            facts[f"visual tokens kept {_place(layer)}"] = round(
+                sum(len(rows) for rows in kept) / len(kept), 2
+            )
         return Report(
             method=self.method.name,
             parameters=self.method.parameters(),
@@ -124,3 +207,50 @@ class AppliedTokens(Applied):
             },
             facts=facts,
         )
+
+
+class AppliedJoined(AppliedTokens):
+    """Several token methods at work in one reducer."""
+
+    @property
+    def reports(self) -> list[Report]:
+        """One report per method: what would be left if only its own removals counted.
+
+        Their removals add up to those of ``report``.
+        """
+        joined, whole = self.method, self.report
+        assert isinstance(joined, JoinedReducers)
+        anatomy, reducer = self.loaded.anatomy, self.reducer
+        depth = len(whole.bars["visual tokens"])
+        reports = []
+        for number, method in enumerate(joined._methods):
+            gone = [0.0] * depth
+            facts: dict[str, float | int | str] = {}
+            for stage in joined.stages_of(number, anatomy):
+                kept = reducer.kept[stage.layer]
+                removed = sum(reducer.arriving[stage.layer]) - sum(len(rows) for rows in kept)
+                for layer in range(max(stage.layer, 0), depth):
+                    gone[layer] += removed / len(kept)
+                facts[f"visual tokens that arrived {_place(stage.layer)}"] = round(
+                    sum(reducer.arriving[stage.layer]) / len(kept), 2
+                )
+                facts[f"visual tokens kept {_place(stage.layer)}"] = round(
+                    sum(len(rows) for rows in kept) / len(kept), 2
+                )
+            reports.append(
+                Report(
+                    method=method.name,
+                    parameters=method.parameters(),
+                    unit=whole.unit,
+                    kept=whole.total - sum(gone) / depth,
+                    total=whole.total,
+                    bars={
+                        "visual tokens": [
+                            Bar(label=str(layer), kept=whole.total - lost, total=whole.total)
+                            for layer, lost in enumerate(gone)
+                        ]
+                    },
+                    facts=facts,
+                )
+            )
+        return reports

@@ -35,7 +35,9 @@ def pack_with_text(vlm: Any, kind: str, given: Mapping[str, Any], places: Placeh
     front: the token in front of the last run. (A frame of a video is a picture with only a global view.)
     """
     pixels = given["pixel_values"].flatten(0, 1)
-    pixels = pixels[(pixels != 0).flatten(1).any(1)]  # batches are padded with black pictures, which are not encoded
+    pixels = pixels[
+        (pixels != 0).flatten(1).any(1)
+    ]  # batches are padded with black pictures, which are not encoded
     patch, factor = vlm.config.vision_config.patch_size, vlm.config.scale_factor
     rows, columns = pixels.shape[-2] // patch, pixels.shape[-1] // patch
     numbers = torch.arange(rows * columns).view(1, -1, 1)

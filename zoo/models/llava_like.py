@@ -62,7 +62,9 @@ def pack_whole(vlm: Any, kind: str, given: Mapping[str, Any], places: Placeholde
         Refused: the encoder takes pictures of any shape in one sequence (Pixtral).
     """
     if given.get("image_sizes") is not None:
-        raise Refused("encoders that take pictures of several sizes at once are not supported in LLaVA models yet")
+        raise Refused(
+            "encoders that take pictures of several sizes at once are not supported in LLaVA models yet"
+        )
     patch = vlm.config.vision_config.patch_size
     count, _, height, width = given["pixel_values"].shape
     grid = (height // patch, width // patch)
@@ -73,7 +75,8 @@ def pack_whole(vlm: Any, kind: str, given: Mapping[str, Any], places: Placeholde
         prefix = encoder_parts(vlm.vision_tower).prefix
         patches, part, coordinates = (_behind(x, prefix) for x in (patches, part, coordinates))
     return [
-        Packed(patches, part, coordinates, (Part(grid, (0,)),), index, 1, cells) for index in range(int(count))
+        Packed(patches, part, coordinates, (Part(grid, (0,)),), index, 1, cells)
+        for index in range(int(count))
     ]
 
 
@@ -95,11 +98,13 @@ def pack_any_resolution(vlm: Any, kind: str, given: Mapping[str, Any], places: P
     for index, (height, width) in enumerate(torch.as_tensor(given["image_sizes"]).tolist()):
         tiled = not (several and several[index])
         crops = image_size_to_num_patches((height, width), config.image_grid_pinpoints, side) if tiled else 1
-        grid = get_anyres_image_grid_shape((height, width), config.image_grid_pinpoints, side) if tiled else (1, 1)
-        if crops > 1:
-            boxes = (WHOLE, *_mosaic_boxes((height, width), grid, side))
-        else:
-            boxes = (_squared(height, width),)
+        grid = (
+            get_anyres_image_grid_shape((height, width), config.image_grid_pinpoints, side)
+            if tiled
+            else (1, 1)
+        )
+        tiles = _mosaic_boxes((height, width), grid, side)
+        boxes = (WHOLE, *tiles) if crops > 1 else (_squared(height, width),)
         marks = _through_packing(vlm, given, (height, width), crops, grid, rows)
         packed.append(_read_marks(marks, grid, rows, first, crops, boxes, (height, width)))
         first += crops
@@ -139,8 +144,8 @@ def _read_marks(
     boxes: tuple[Box, ...],
     size: tuple[int, int],
 ) -> Packed:
-    newline = marks[:, 0] == _NEWLINE
-    mosaic = marks[:, 0] == _MOSAIC
+    newline = marks[:, 0] < (_NEWLINE + _BASE) / 2
+    mosaic = marks[:, 0] > (_BASE + _MOSAIC) / 2  # not equality: interpolation rounds
     part = torch.where(newline, -1, mosaic.long())
     coordinates = torch.full((len(marks), 2), -1)
     coordinates[part == 0] = raster(rows, rows)
@@ -152,9 +157,7 @@ def _read_marks(
         coordinates[mosaic] = raster(*shape)
         parts.append(Part(shape, tuple(range(1, crops))))
     patches[newline] = -1
-    return Packed(
-        patches, part, coordinates, tuple(parts), first, crops, raster(rows, rows), boxes, size
-    )
+    return Packed(patches, part, coordinates, tuple(parts), first, crops, raster(rows, rows), boxes, size)
 
 
 def _neighbours(places: torch.Tensor, rows: int, tiles: int) -> torch.Tensor:

@@ -136,6 +136,7 @@ _TINY = (
     ("tiny-clip", "encoder", "CLIP's vision encoder."),
     ("tiny-siglip", "encoder", "SigLIP's vision encoder: no [CLS] token."),
     ("tiny-llava", "vlm", "LLaVA: CLIP encoder, projector, Llama decoder; 36 visual tokens per image."),
+    ("small-llava", "vlm", "LLaVA with 576 visual tokens and 40 M weights: shorter sequences save time."),
     ("tiny-llava-next", "vlm", "LLaVA-NeXT: thumbnail and crops, newline tokens."),
     ("tiny-llava-onevision", "vlm", "LLaVA-OneVision: SigLIP encoder, crops, several images, video."),
     ("tiny-qwen2.5-vl", "vlm", "Qwen2.5-VL: M-RoPE, window attention, 2x2 patch merger, video."),

@@ -97,14 +97,16 @@ class Placeholders:
 
 
 Packer = Callable[[Any, str, Mapping[str, Any], Placeholders], list[Packed]]
-"""``(vlm, "image" or "video", arguments of get_*_features, placeholders)`` -> pictures in the order of their features."""
+"""``(vlm, "image" or "video", arguments of get_*_features, placeholders)`` to pictures, in the order of features."""
 
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 
 def raster(*grid: int) -> torch.Tensor:
     """Coordinates of a grid in row-major order, ``[cells, len(grid)]``."""
-    return torch.stack(torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij"), -1).flatten(0, -2)
+    return torch.stack(torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij"), -1).flatten(
+        0, -2
+    )
 
 
 def parallel_parts(

@@ -164,7 +164,14 @@ def _encoder(
     return build
 
 
-def _llava(changes: dict[str, Any]) -> tuple[Any, Any]:
+def _llava(vision: dict[str, Any], text: dict[str, Any]) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
+    def build(changes: dict[str, Any]) -> tuple[Any, Any]:
+        return _build_llava({**_ENCODER, **vision}, {**_DECODER, **text, **changes})
+
+    return build
+
+
+def _build_llava(vision_fields: dict[str, Any], text_fields: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import (
         CLIPVisionConfig,
         LlamaConfig,
@@ -173,10 +180,10 @@ def _llava(changes: dict[str, Any]) -> tuple[Any, Any]:
         LlavaProcessor,
     )
 
-    vision = CLIPVisionConfig(**_ENCODER)
+    vision = CLIPVisionConfig(**vision_fields)
     config = LlavaConfig(
         vision_config=vision,
-        text_config=LlamaConfig(**{**_DECODER, **changes}),
+        text_config=LlamaConfig(**text_fields),
         image_token_id=_IMAGE_ID,
         image_seq_length=(vision.image_size // vision.patch_size) ** 2,
         vision_feature_layer=-2,
@@ -220,7 +227,23 @@ _BUILDERS: dict[str, Callable[[dict[str, Any]], tuple[Any, Any]]] = {
     ),
     "tiny-clip": _encoder("CLIPVision", "CLIPImageProcessor"),
     "tiny-siglip": _encoder("SiglipVision", "SiglipImageProcessor"),
-    "tiny-llava": _llava,
+    "tiny-llava": _llava({}, {}),
+    "small-llava": _llava(
+        {
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 6,
+            "image_size": 336,
+            "patch_size": 14,
+        },
+        {
+            "hidden_size": 512,
+            "intermediate_size": 1408,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+        },
+    ),
     "tiny-llava-next": _vision_language("llava_next"),
     "tiny-llava-onevision": _vision_language("llava_onevision"),
     "tiny-qwen2.5-vl": _vision_language("qwen2_5_vl"),

@@ -100,7 +100,10 @@ class TinyProcessor(ABC):
         """
         prompts = [text] if isinstance(text, str) else list(text or ())
         features: Features = {}
-        for mark, given, make in ((tiny.IMAGE, _flat(images), self._pictures), (VIDEO, _clips(videos), self._videos)):
+        for mark, given, make in (
+            (tiny.IMAGE, _flat(images), self._pictures),
+            (VIDEO, _clips(videos), self._videos),
+        ):
             counts = [prompt.count(mark) for prompt in prompts]
             if sum(counts) != len(given):
                 raise BadInput(f"the prompts have {sum(counts)} {mark}, but {len(given)} were given")
@@ -212,7 +215,9 @@ class AnyResolution(TinyProcessor):
     def _length(self, size: list[int], crops: int, **options: Any) -> int:
         features = [torch.zeros(crops, _PER_SIDE**2, 1)]
         options = options or {"vision_feature_select_strategy": "default"}
-        packed, _ = self.inner.pack_image_features(features, torch.tensor([size]), image_newline=torch.zeros(1), **options)
+        packed, _ = self.inner.pack_image_features(
+            features, torch.tensor([size]), image_newline=torch.zeros(1), **options
+        )
         return len(packed[0])
 
 
@@ -226,7 +231,9 @@ class OneVision(AnyResolution):
     def pictures(self, images: list[Image.Image], counts: list[int]) -> tuple[Features, list[str]]:
         """Crops of each picture."""
         counts = [count for count in counts if count]
-        nested = [[images[sum(counts[:sample]) + index] for index in range(n)] for sample, n in enumerate(counts)]
+        nested = [
+            [images[sum(counts[:sample]) + index] for index in range(n)] for sample, n in enumerate(counts)
+        ]
         made = self.image_processor(images=nested, return_tensors="pt", do_pad=True)
         crops, sizes = made["pixel_values"], made["image_sizes"]
         alone = [count == 1 for count in counts for _ in range(count)]
@@ -357,13 +364,17 @@ class Idefics(TinyProcessor):
     @classmethod
     def make_image_processor(cls) -> Any:
         """Up to three tiles on a side."""
-        return _image_processor(cls.kind, size={"longest_edge": 3 * _SIDE}, max_image_size={"longest_edge": _SIDE})
+        return _image_processor(
+            cls.kind, size={"longest_edge": 3 * _SIDE}, max_image_size={"longest_edge": _SIDE}
+        )
 
     def pictures(self, images: list[Image.Image], counts: list[int]) -> tuple[Features, list[str]]:
         """Tiles of each sample, padded with black ones; a sample without a picture gets only those."""
-        from transformers.models.idefics3.processing_idefics3 import get_image_prompt_string
+        from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
-        nested = [[images[sum(counts[:sample]) + index] for index in range(n)] for sample, n in enumerate(counts)]
+        nested = [
+            [images[sum(counts[:sample]) + index] for index in range(n)] for sample, n in enumerate(counts)
+        ]
         made = self.image_processor(
             images=[own for own in nested if own], return_row_col_info=True, return_tensors="pt"
         )
@@ -422,7 +433,9 @@ _STREAM: dict[str, Any] = {
 }
 
 
-def _configs(transformers: Any, text: dict[str, Any]) -> dict[str, tuple[type[TinyProcessor], str, dict[str, Any]]]:
+def _configs(
+    transformers: Any, text: dict[str, Any]
+) -> dict[str, tuple[type[TinyProcessor], str, dict[str, Any]]]:
     """Kind -> processor, model class and configuration fields."""
     plain, mrope = text["plain"], text["mrope"]
     return {
@@ -455,7 +468,11 @@ def _configs(transformers: Any, text: dict[str, Any]) -> dict[str, tuple[type[Ti
                 "vision_config": {**_STREAM, "window_size": 4 * _PATCH, "fullatt_block_indexes": [1, 3]},
                 "text_config": {
                     **mrope,
-                    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+                    "rope_parameters": {
+                        "rope_type": "default",
+                        "rope_theta": 1e4,
+                        "mrope_section": [2, 3, 3],
+                    },
                 },
             },
         ),
@@ -471,7 +488,11 @@ def _configs(transformers: Any, text: dict[str, Any]) -> dict[str, tuple[type[Ti
                 "text_config": {
                     **mrope,
                     "head_dim": 16,
-                    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+                    "rope_parameters": {
+                        "rope_type": "default",
+                        "rope_theta": 1e4,
+                        "mrope_section": [4, 2, 2],
+                    },
                 },
             },
         ),
@@ -487,12 +508,20 @@ def _configs(transformers: Any, text: dict[str, Any]) -> dict[str, tuple[type[Ti
         "smolvlm": (
             SmolVlm,
             "SmolVLM",
-            {"vision_config": _SQUARE, "text_config": transformers.LlamaConfig(**plain), "scale_factor": _MERGE},
+            {
+                "vision_config": _SQUARE,
+                "text_config": transformers.LlamaConfig(**plain),
+                "scale_factor": _MERGE,
+            },
         ),
         "idefics3": (
             Idefics,
             "Idefics3",
-            {"vision_config": _SQUARE, "text_config": transformers.LlamaConfig(**plain), "scale_factor": _MERGE},
+            {
+                "vision_config": _SQUARE,
+                "text_config": transformers.LlamaConfig(**plain),
+                "scale_factor": _MERGE,
+            },
         ),
     }
 

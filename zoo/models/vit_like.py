@@ -12,7 +12,9 @@ from zoo.models.anatomy import Anatomy, Attention, Encoder, EncoderBlock, Linear
 
 
 def _attention(module: nn.Module) -> Attention:
-    output = next(name for name in ("o_proj", "out_proj", "projection_layer", "proj") if hasattr(module, name))
+    output = next(
+        name for name in ("o_proj", "out_proj", "projection_layer", "proj") if hasattr(module, name)
+    )
     head_dim = int(module.head_dim)  # type: ignore[arg-type]
     scaling = getattr(module, "scaling", None) or getattr(module, "scale", None) or head_dim**-0.5
     fused = getattr(module, "qkv", None)
@@ -20,7 +22,9 @@ def _attention(module: nn.Module) -> Attention:
         query, key, value = (LinearPart(module, name) for name in ("q_proj", "k_proj", "v_proj"))
     else:
         width = fused.out_features // 3
-        query, key, value = (LinearPart(module, "qkv", (third * width, (third + 1) * width)) for third in range(3))
+        query, key, value = (
+            LinearPart(module, "qkv", (third * width, (third + 1) * width)) for third in range(3)
+        )
     return Attention(
         module=module,
         query=query,
@@ -70,10 +74,10 @@ def _block(module: Any) -> EncoderBlock:
 
 def _blocks_of(module: nn.Module) -> list[Any]:
     """The longest ``ModuleList`` inside is the stack of blocks."""
-    lists = [child for child in module.modules() if isinstance(child, nn.ModuleList)]
+    lists = [list(child) for child in module.modules() if isinstance(child, nn.ModuleList)]
     if not lists:
         raise Refused(f"{type(module).__name__} has no stack of blocks")
-    return list(max(lists, key=lambda stack: len(stack)))
+    return max(lists, key=len)
 
 
 _WITHOUT_CLS = (
@@ -112,9 +116,7 @@ def encoder_parts(module: Any) -> Encoder:
     )
 
 
-@architecture(
-    "vit", "deit", "dinov2", "dinov2_with_registers", "clip_vision_model", "siglip_vision_model"
-)
+@architecture("vit", "deit", "dinov2", "dinov2_with_registers", "clip_vision_model", "siglip_vision_model")
 def vit_like(model: Any) -> Anatomy:
     """Anatomy of a bare encoder or of one with a classification head."""
     return Anatomy(kind="encoder", model_type=model.config.model_type, encoder=encoder_parts(model))

@@ -2,7 +2,7 @@
 
 ``run`` is what ``zoo run`` calls::
 
-    record = zoo.run.run("flap", "smollm2-135m", parameters={"sparsity": 0.3})
+    record = zoo.run("flap", "smollm2-135m", parameters={"sparsity": 0.3})
     for row in record.comparisons:
         print(row.quantity, row.gain, row.bound)
 
@@ -40,14 +40,14 @@ Kind = Literal["text", "vlm", "image"]
 DEFAULT_MODELS: dict[Kind, str] = {
     "text": "smollm2-135m",
     "image": "dinov2-small-saliency",
-    "vlm": "tiny-llava",
+    "vlm": "small-llava",
 }
 """What a method runs on when no model is named. No registry carries a pretrained VLM, hence a random one."""
 
 PROMPT = "Explain in a few sentences why the sky is blue during the day and red at sunset."
 QUESTION = "What can be seen in this picture?"
 PICTURES = ("china", "flower")
-CALIBRATION_WINDOWS = 64
+CALIBRATION_WINDOWS = 32
 CALIBRATION_LENGTH = 128
 
 _KINDS: dict[str, Kind] = {"decoder": "text", "encoder": "image", "vlm": "vlm"}
