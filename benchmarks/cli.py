@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 BUILD = (
     "import sys, time\nfrom pathlib import Path\nfrom taxonomy.catalog import Sources, build\n"
-    "from zoo.method import implemented\nbuild(Sources.load(implemented()), Path(sys.argv[1]))\n"
+    "from zoo.interface import implemented\nbuild(Sources.load(implemented()), Path(sys.argv[1]))\n"
 )
 
 COMMANDS: dict[str, tuple[list[str], float | None]] = {

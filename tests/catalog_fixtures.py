@@ -10,7 +10,7 @@ import pytest
 from taxonomy.card import Card
 from taxonomy.catalog import Measurement as Figure
 from taxonomy.catalog import Run, Sources, build
-from zoo.method import implemented
+from zoo.interface import implemented
 
 CARD = {
     "slug": "alpha",
