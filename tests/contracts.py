@@ -18,6 +18,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zoo
+from zoo.errors import Refused
 from zoo.interface import Method, method_class
 from zoo.models import LoadedModel
 from zoo.models.tiny import tiny_model
@@ -25,7 +26,7 @@ from zoo.models.tiny import tiny_model
 MODELS = {
     "weights": ("tiny-llama", "tiny-llama-mha", "tiny-qwen2", "tiny-qwen3", "tiny-mistral"),
     "decoding": ("tiny-llama", "tiny-llama-mha", "tiny-qwen3"),
-    "visual-tokens": ("tiny-llava",),
+    "visual-tokens": ("tiny-llava", "tiny-llava-next", "tiny-qwen2.5-vl", "tiny-internvl"),
     "encoder-tokens": ("tiny-vit", "tiny-deit", "tiny-clip", "tiny-dinov2", "tiny-dinov2-registers"),
 }
 """Architectures each family is run on."""
@@ -35,6 +36,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "evit": {"layers": [1, 2]},
     "tome": {"r": 4},
     "cfsp": {"sparsity": 0.15},
+    "pact": {"layer": 2},
+    "vscan": {"keep_ratio": 0.4, "shallow_layer": 0, "window": 3},
     "random-tokens": {"schedule": {-1: 0.5, 2: 0.5}},
     "dart": {"keep_ratio": 0.5},
     "todre": {"tau": 0.4},
@@ -82,6 +85,20 @@ class Bench:
 
     def apply(self, loaded: LoadedModel) -> zoo.Applied:
         return self.method.apply(loaded, **self.resources())
+
+
+@cache
+def models_of(slug: str) -> tuple[str, ...]:
+    """Architectures that the method does not refuse (one without a [CLS] token, say)."""
+    fitting = []
+    for model in MODELS[method_class(slug).phase]:
+        bench = Bench(slug, model)
+        try:
+            bench.method.check(bench.load())
+        except Refused:
+            continue
+        fitting.append(model)
+    return tuple(fitting)
 
 
 # --- inputs and outputs ----------------------------------------------------------------------------------------
@@ -159,7 +176,9 @@ def layer_lengths(loaded: LoadedModel) -> Iterator[list[int]]:
         assert anatomy.encoder is not None
         places = [block.mlp for block in anatomy.encoder.blocks]
     lengths: list[int] = []
-    hooks = [place.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1])) for place in places]
+    hooks = [
+        place.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1])) for place in places
+    ]
     try:
         yield lengths
     finally:
@@ -256,7 +275,9 @@ def shrinks_cache(bench: Bench, declared: bool) -> None:
     loaded = bench.load()
     inputs = data(bench, loaded)
     with torch.no_grad():
-        dense = [layer.get_seq_length() for layer in loaded.model(**inputs, use_cache=True).past_key_values.layers]
+        dense = [
+            layer.get_seq_length() for layer in loaded.model(**inputs, use_cache=True).past_key_values.layers
+        ]
     with bench.apply(loaded) as applied:
         cache = prefill(applied, inputs).past_key_values
         bars = next(iter(applied.report.bars.values()))
@@ -280,30 +301,43 @@ def shrinks_weights(bench: Bench, declared: bool) -> None:
         after = pruned.prunable_parameters()
         assert (after < before) == declared
         assert after == applied.report.kept
-        assert sum(p.numel() for p in applied.model.parameters()) < sum(v.numel() for v in dense.values()) or not declared
+        assert (
+            sum(p.numel() for p in applied.model.parameters()) < sum(v.numel() for v in dense.values())
+            or not declared
+        )
     for name, value in loaded.model.state_dict().items():
         assert torch.equal(value, dense[name]), "the caller's own model was changed"
 
 
 def keeps_positions(bench: Bench, declared: bool) -> None:
+    """What the last layer rotates by, against what it rotates by in the dense model."""
     loaded = bench.load()
     inputs = data(bench, loaded)
     assert loaded.anatomy.decoder is not None
     seen: list[torch.Tensor] = []
+
+    def see(_: Any, args: Any, kwargs: Any) -> None:
+        seen.append(kwargs["position_embeddings"][0])
+
+    last = loaded.anatomy.decoder.layers[-1].module
+    hook = last.register_forward_pre_hook(see, with_kwargs=True)
+    with torch.no_grad():
+        loaded.model(**inputs)
+    hook.remove()
     with bench.apply(loaded) as applied:
-        hook = loaded.anatomy.decoder.layers[-1].module.register_forward_pre_hook(
-            lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
-        )
+        hook = last.register_forward_pre_hook(see, with_kwargs=True)
         prefill(applied, inputs)
         hook.remove()
         kept = applied.kept[max(applied.kept)][0]  # type: ignore[attr-defined]
-    length = inputs["input_ids"].shape[1]
+    dense, short = seen
     visual = (inputs["input_ids"][0] == loaded.anatomy.image_token_id).nonzero().squeeze(-1)
     gone = set(visual.tolist()) - set(kept.tolist())
-    survivors = [place for place in range(length) if place not in gone]
     assert gone
-    expected = survivors if declared else list(range(len(survivors)))
-    assert seen[0][0].tolist() == expected
+    survivors = [place for place in range(dense.shape[1]) if place not in gone]
+    grid = "mrope_section" in str(loaded.model.config)
+    # Places in an image grid (M-RoPE) are kept whatever the policy for plain positions is.
+    expected = survivors if declared or grid else list(range(len(survivors)))
+    assert torch.equal(short[0], dense[0, expected])
 
 
 CHECKS: dict[str, dict[str, Callable[[Bench, bool], None]]] = {

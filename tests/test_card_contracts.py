@@ -13,11 +13,11 @@ import pytest
 import torch
 from contracts import (
     CHECKS,
-    MODELS,
     Bench,
     FullMaps,
     acts_where_declared,
     data,
+    models_of,
     training_none,
 )
 
@@ -30,12 +30,14 @@ PROPERTY_CASES = [
     for slug in implemented()
     for name in method_class(slug).card().properties
     if name in CHECKS[method_class(slug).phase]
-    for model in MODELS[method_class(slug).phase]
+    for model in models_of(slug)
 ]
-SLUG_MODELS = [(slug, model) for slug in implemented() for model in MODELS[method_class(slug).phase]]
+SLUG_MODELS = [(slug, model) for slug in implemented() for model in models_of(slug)]
 
 
-@pytest.mark.parametrize(("slug", "name", "model"), PROPERTY_CASES, ids=["/".join(case) for case in PROPERTY_CASES])
+@pytest.mark.parametrize(
+    ("slug", "name", "model"), PROPERTY_CASES, ids=["/".join(case) for case in PROPERTY_CASES]
+)
 def test_property(slug: str, name: str, model: str, record_verified: object) -> None:
     cls = method_class(slug)
     declared = cls.card().properties[name]
@@ -68,6 +70,11 @@ def test_a_model_of_the_wrong_kind_is_refused_in_one_line(slug: str) -> None:
         bench.method.check(bench.load())
     assert slug in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("slug", implemented())
+def test_some_architecture_is_not_refused(slug: str) -> None:
+    assert models_of(slug)
 
 
 @pytest.mark.parametrize("slug", implemented())

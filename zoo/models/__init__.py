@@ -41,7 +41,9 @@ class LoadedModel:
     @property
     def tokenizer(self) -> Any:
         """The tokenizer, also when it is inside a processor; ``None`` when there is none."""
-        return getattr(self.processor, "tokenizer", self.processor if hasattr(self.processor, "decode") else None)
+        return getattr(
+            self.processor, "tokenizer", self.processor if hasattr(self.processor, "decode") else None
+        )
 
     @property
     def device(self) -> torch.device:
