@@ -407,6 +407,30 @@ def test_samples_may_keep_different_numbers_at_several_stages(
 
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
 @pytest.mark.parametrize("layer", [-1, 2])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_equal_prompts_may_keep_different_numbers(implementation: str, layer: int, positions: str) -> None:
+    """Without padding in the input there is no mask to cut: the engine must make one, at every step."""
+    loaded = build()
+    loaded.model.set_attn_implementation(implementation)
+    row = single(inputs(1), 0)
+    data = {
+        "input_ids": row["input_ids"].repeat(3, 1),
+        "attention_mask": row["attention_mask"].repeat(3, 1),
+        "pixel_values": inputs(3)["pixel_values"],
+    }
+
+    def by_content(view: View) -> Keep:
+        count = 3 + int(view.tokens.float().abs().sum() * 10) % 5
+        return Keep(view.tokens.float().sum(-1).topk(count).indices.sort().values.unsqueeze(0))
+
+    together = run(loaded, [Stage(layer, by_content)], data, positions)
+    for sample in range(3):
+        alone = run(loaded, [Stage(layer, by_content)], single(data, sample), positions)
+        assert together[sample].tolist() == alone[0].tolist()
+
+
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+@pytest.mark.parametrize("layer", [-1, 2])
 def test_a_merge_equals_its_transformation_matrix(layer: int, positions: str) -> None:
     loaded = build()
     data = inputs(3)
