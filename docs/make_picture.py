@@ -15,7 +15,9 @@ from zoo.panels import draw
 def main() -> None:
     """Run FLAP on the default model and export what the terminal shows."""
     record = zoo.run("flap")
-    console = Console(record=True, width=100, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    console = Console(
+        record=True, width=100, file=io.StringIO(), force_terminal=True, color_system="truecolor"
+    )
     draw(record, console)
     picture = console.export_svg(title="zoo run flap")
     # The export fetches a font from a public server; readers' own monospace font does as well.

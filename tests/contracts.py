@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import zoo
 from zoo.errors import Refused
+from zoo.families.visual_tokens import CACHED
 from zoo.interface import Method, method_class
 from zoo.models import LoadedModel
 from zoo.models.tiny import tiny_model
@@ -36,13 +37,30 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "evit": {"layers": [1, 2]},
     "tome": {"r": 4},
     "cfsp": {"sparsity": 0.15},
+    "prunevid": {"layer": 2},
+    "catp": {"layer": 1},
+    "mustdrop": {
+        "merge_threshold": 0.2,
+        "global_threshold": 0.02,
+        "individual_threshold": 0.03,
+        "layers": [0, 2],
+    },
+    "fitprune": {"counts": [7, 5, 3, 0], "fitted_on": 36},
     "pact": {"layer": 2},
     "vscan": {"keep_ratio": 0.4, "shallow_layer": 0, "window": 3},
     "random-tokens": {"schedule": {-1: 0.5, 2: 0.5}},
     "dart": {"keep_ratio": 0.5},
-    "todre": {"tau": 0.4},
+    "todre": {"keep_tokens": 4, "tau": 0.4},
     "hiprune": {"object_layer": 2, "alpha": 0.5},
+    "vflowopt": {"threshold": 1.2},
 }
+PICTURES = {"catp": 3}
+"""Methods for prompts with several pictures, and how many they get."""
+FRAMES = {"dycoke": 8, "prunevid": 8, "holitom": 8, "aot": 8, "fastvid": 8}
+"""Methods that need a video, and its frames; a model without a video input gets them as pictures."""
+REORDERED = {"dycoke"}
+"""Methods that put the survivors of a run in an order of their own; all others keep that of the sequence."""
+VIDEO_MODELS = ("tiny-llava", "tiny-llava-onevision", "tiny-qwen2.5-vl", "tiny-internvl")
 NEW = 16
 QUESTIONS = ("What is it?", "How many are there?", "Is it on the left of the house?", "Read the sign.", "z")
 TEXTS = (
@@ -91,7 +109,7 @@ class Bench:
 def models_of(slug: str) -> tuple[str, ...]:
     """Architectures that the method does not refuse (one without a [CLS] token, say)."""
     fitting = []
-    for model in MODELS[method_class(slug).phase]:
+    for model in VIDEO_MODELS if slug in FRAMES else MODELS[method_class(slug).phase]:
         bench = Bench(slug, model)
         try:
             bench.method.check(bench.load())
@@ -110,17 +128,42 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(pixels).resize((96, 96), Image.Resampling.BICUBIC)
 
 
+def clip(seed: int, frames: int) -> list[Image.Image]:
+    """A video whose frames differ a little, with one cut in the middle."""
+    scenes = [picture(seed + 10), picture(seed + 20)]
+    return [
+        Image.blend(scenes[2 * number // frames], picture(seed + 30 + number), 0.3)
+        for number in range(frames)
+    ]
+
+
 def data(bench: Bench, loaded: LoadedModel, samples: tuple[int, ...] = (0,)) -> dict[str, torch.Tensor]:
     """Inputs of a few samples; texts of different lengths are padded on the left."""
     match bench.cls.phase:
         case "encoder-tokens":
             return dict(loaded.processor(images=[picture(s) for s in samples], return_tensors="pt"))
         case "visual-tokens":
-            texts = [f"<image>\n{QUESTIONS[s]}" for s in samples]
-            pictures = [picture(s) for s in samples]
-            return dict(loaded.processor(images=pictures, text=texts, return_tensors="pt", padding=True))
+            return visual(bench, loaded, [QUESTIONS[s] for s in samples], samples)
         case _:
             return dict(loaded.processor([TEXTS[s] for s in samples], return_tensors="pt", padding=True))
+
+
+def visual(
+    bench: Bench, loaded: LoadedModel, questions: list[str], seeds: tuple[int, ...]
+) -> dict[str, torch.Tensor]:
+    """Prompts with what the method is made for: a picture, several with a few words behind each, or a video."""
+    if bench.slug in FRAMES:
+        clips = [clip(seed, FRAMES[bench.slug]) for seed in seeds]
+        if bench.model == "tiny-llava":
+            texts = ["<image>" * len(clips[0]) + f"\n{question}" for question in questions]
+            frames = [frame for one in clips for frame in one]
+            return dict(loaded.processor(images=frames, text=texts, return_tensors="pt", padding=True))
+        texts = [f"<video>\n{question}" for question in questions]
+        return dict(loaded.processor(videos=clips, text=texts, return_tensors="pt", padding=True))
+    count = PICTURES.get(bench.slug, 1)
+    texts = ["<image>\nthis\n" * (count - 1) + f"<image>\n{question}" for question in questions]
+    pictures = [picture(seed + 10 * number) for seed in seeds for number in range(count)]
+    return dict(loaded.processor(images=pictures, text=texts, return_tensors="pt", padding=True))
 
 
 @torch.no_grad()
@@ -194,8 +237,7 @@ def query_aware(bench: Bench, declared: bool) -> None:
     kept = []
     with bench.apply(loaded) as applied:
         for question in QUESTIONS:
-            inputs = loaded.processor(images=picture(0), text=f"<image>\n{question}", return_tensors="pt")
-            prefill(applied, dict(inputs))
+            prefill(applied, visual(bench, loaded, [question], (0,)))
             kept.append({layer: rows[0].tolist() for layer, rows in applied.kept.items()})  # type: ignore[attr-defined]
     changed = any(one != kept[0] for one in kept)
     assert changed == declared, f"other questions {'changed' if changed else 'did not change'} what is kept"
@@ -280,7 +322,8 @@ def shrinks_cache(bench: Bench, declared: bool) -> None:
         ]
     with bench.apply(loaded) as applied:
         cache = prefill(applied, inputs).past_key_values
-        bars = next(iter(applied.report.bars.values()))
+        report = applied.report.bars
+        bars = report.get(CACHED) or report["visual tokens"]
     lengths = [layer.get_seq_length() for layer in cache.layers]
     assert (sum(lengths) < sum(dense)) == declared
     if declared:
@@ -330,10 +373,14 @@ def keeps_positions(bench: Bench, declared: bool) -> None:
         hook.remove()
         kept = applied.kept[max(applied.kept)][0]  # type: ignore[attr-defined]
     dense, short = seen
-    visual = (inputs["input_ids"][0] == loaded.anatomy.image_token_id).nonzero().squeeze(-1)
+    numbers = torch.tensor(list(loaded.anatomy.visual_token_ids.values()))
+    visual = torch.isin(inputs["input_ids"][0], numbers).nonzero().squeeze(-1)
     gone = set(visual.tolist()) - set(kept.tolist())
     assert gone
-    survivors = [place for place in range(dense.shape[1]) if place not in gone]
+    order = iter(kept.tolist() if bench.slug in REORDERED else sorted(kept.tolist()))
+    survivors = [
+        next(order) if place in kept else place for place in range(dense.shape[1]) if place not in gone
+    ]
     grid = "mrope_section" in str(loaded.model.config)
     # Places in an image grid (M-RoPE) are kept whatever the policy for plain positions is.
     expected = survivors if declared or grid else list(range(len(survivors)))

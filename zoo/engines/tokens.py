@@ -108,6 +108,8 @@ class TokenReducer:
         """Visual tokens that reached each stage, per stage layer and sample (latest input)."""
         self.renumbered = False
         """Whether position ids were renumbered (latest input)."""
+        self.cached_per_layer: torch.Tensor | None = None
+        """Visual tokens left in each layer's cache, ``[B, layers]``, of the latest input; ``None`` = those it saw."""
         self._watcher: Watcher | None = None
         self._ids: torch.Tensor | None = None
         self._passes: weakref.WeakKeyDictionary[Any, _Pass] = weakref.WeakKeyDictionary()
@@ -156,6 +158,7 @@ class TokenReducer:
         keep(inner.register_forward_pre_hook(self._on_decoder, with_kwargs=True))
         keep(inner.register_forward_hook(self._after_decoder, with_kwargs=True, always_call=True))
         inside = [stage.layer for stage in self.stages if stage.layer >= 0]
+        inside += [stage.trims for stage in self.stages if stage.trims is not None]
         for number, layer in enumerate(self.decoder.layers):
             if inside and number >= min(inside):
                 keep(layer.module.register_forward_pre_hook(self._on_layer(number), with_kwargs=True))
@@ -240,6 +243,9 @@ class TokenReducer:
         if self._watcher is not None:
             self._watcher.take()
         if current is not None:
+            cache = kwargs.get("past_key_values")
+            if current.prefill and output is not None and cache is not None:
+                self._trim(current, cache)
             for segment in current.segments:
                 segment.step.clear()
             current.seen.clear()
@@ -264,7 +270,7 @@ class TokenReducer:
                 hidden = self._shorten(current, stage, hidden)
             segment = current.segments[-1] if current.prefill else _segment_of(current, number)
             if segment.first >= 0:
-                self._cut_arguments(current, segment, hidden, kwargs)
+                self._cut_arguments(current, segment, number, hidden, kwargs)
             if args:
                 return (hidden, *args[1:]), kwargs
             kwargs["hidden_states"] = hidden
@@ -319,7 +325,7 @@ class TokenReducer:
                 return pictures
 
             current.pictures = look
-        self.kept, self.arriving, self.renumbered = {}, {}, False
+        self.kept, self.arriving, self.renumbered, self.cached_per_layer = {}, {}, False, None
         self.visual_total = start.visual.sum(1)
         self.visual_per_layer = self.visual_total.unsqueeze(1).repeat(1, len(self.decoder.layers))
         self._take_deep_features(current, kwargs, visual)
@@ -394,6 +400,29 @@ class TokenReducer:
         current.deep = [_reduced(features, rows, index, segment) for features in current.deep]
         return _reduced(hidden, rows, index, segment)
 
+    def _trim(self, current: _Pass, cache: Any) -> None:
+        """The prompt is read: cut the caches of layers in front of a stage that wants it to what the stage has left."""
+        trimming = [stage for stage in self.stages if stage.trims is not None and stage.trims < stage.layer]
+        if not trimming or len(current.segments) == 1:
+            return
+        segments = [whole := current.segments[0]]
+        made: tuple[_Segment, _Segment] | None = None
+        left = []
+        for number in range(len(self.decoder.layers)):
+            own = target = _segment_of(current, number)
+            for stage in trimming:
+                if stage.trims is not None and stage.trims <= number < stage.layer:
+                    target = _segment_of(current, stage.layer)
+            if target is not own:
+                _cut_cache(cache.layers[number], _locate(target.columns, own.columns))
+            if made is None or made[0] is not own or made[1] is not target:
+                made = (own, target)
+                if target is not whole:
+                    segments.append(_trimmed(own, target, number or -1))
+            left.append(target.visual.sum(1))
+        current.segments = segments
+        self.cached_per_layer = torch.stack(left, dim=1)
+
     def _cut_model_inputs(self, current: _Pass, kwargs: dict[str, Any]) -> None:
         """Mask and positions of the whole decoder, after a stage before the LLM."""
         segment = current.segments[-1]
@@ -440,7 +469,7 @@ class TokenReducer:
             ).unsqueeze(0)
 
     def _cut_arguments(
-        self, current: _Pass, segment: _Segment, hidden: torch.Tensor, kwargs: dict[str, Any]
+        self, current: _Pass, segment: _Segment, layer: int, hidden: torch.Tensor, kwargs: dict[str, Any]
     ) -> None:
         """Arguments that the decoder made once for all its layers, cut for the layers of ``segment``."""
         mask = kwargs.get("attention_mask")
@@ -448,8 +477,11 @@ class TokenReducer:
         key = (id(mask), id(rotary))
         ready = segment.step.get(key)
         if ready is None:
+            cache = kwargs.get("past_key_values")
+            # All layers of a segment hold the same number of keys.
+            keys = hidden.shape[1] + (0 if cache is None else cache.get_seq_length(layer))
             ready = segment.step[key] = self._cut(
-                current, segment, hidden, mask, rotary, kwargs.get("position_ids")
+                current, segment, keys, hidden, mask, rotary, kwargs.get("position_ids")
             )
         kwargs.update({name: value for name, value in ready.items() if name in kwargs})
 
@@ -457,6 +489,7 @@ class TokenReducer:
         self,
         current: _Pass,
         segment: _Segment,
+        keys: int,
         hidden: torch.Tensor,
         mask: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
@@ -466,7 +499,7 @@ class TokenReducer:
         # Places of the segment's tokens among the tokens that the decoder's own arguments speak of.
         local = _locate(segment.columns, outer.columns)
         if mask is None:
-            mask = self._padding_mask(segment, hidden)
+            mask = self._padding_mask(segment, keys, hidden)
         elif mask.dim() == 2:
             mask = _cut_2d(mask, segment, outer.columns.shape[1], local)
         else:
@@ -487,16 +520,16 @@ class TokenReducer:
             rotary = self.decoder.rotary(hidden, position_ids=positions)
         return {**result, "position_ids": positions, "position_embeddings": rotary}
 
-    def _padding_mask(self, segment: _Segment, hidden: torch.Tensor) -> torch.Tensor | None:
+    def _padding_mask(self, segment: _Segment, keys: int, hidden: torch.Tensor) -> torch.Tensor | None:
         """``None`` was right for the full sequence; samples that keep different numbers need a mask."""
         if bool(segment.valid.all()):
             return None
-        fresh = hidden.shape[1] if hidden.shape[1] != segment.columns.shape[1] else 0
+        fresh = keys - segment.columns.shape[1]
         valid = torch.cat((segment.valid, segment.valid.new_ones(len(segment.valid), fresh)), dim=1)
         implementation = self.decoder.config._attn_implementation
         if "flash" in implementation:
             return valid.long()
-        queries, keys = hidden.shape[1], valid.shape[1]
+        queries = hidden.shape[1]
         causal = torch.ones(queries, keys, dtype=torch.bool, device=hidden.device).tril(keys - queries)
         allowed = causal & valid[:, None, None, :]
         if "eager" not in implementation:
@@ -560,6 +593,22 @@ def _assemble(
         return _Segment(first, columns, valid, visual, shift, positions, first >= 0), index
     earlier = None if before.renumbered is None else before.renumbered.gather(1, index)
     return _Segment(first, columns, valid, visual, before.shift, earlier, before.inside), index
+
+
+def _trimmed(own: _Segment, target: _Segment, first: int) -> _Segment:
+    """The tokens of ``target``, at the positions that they have in ``own``, for layers from ``first`` on."""
+    positions = own.renumbered
+    if positions is not None:
+        positions = positions.gather(1, _locate(target.columns, own.columns))
+    return replace(target, first=first, shift=own.shift, renumbered=positions, inside=own.inside, step={})
+
+
+def _cut_cache(layer: Any, index: torch.Tensor) -> None:
+    """Keep the places ``index [B, L]`` of one layer's keys and values, ``[B, H_kv, N, d]``."""
+    for name in ("keys", "values"):
+        full = getattr(layer, name)
+        places = index[:, None, :, None].expand(-1, full.shape[1], -1, full.shape[3])
+        setattr(layer, name, full.gather(2, places))
 
 
 def _reduced(x: torch.Tensor, rows: list[_Row], index: torch.Tensor, segment: _Segment) -> torch.Tensor:

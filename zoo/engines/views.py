@@ -89,6 +89,11 @@ class View:
     # --- the prompt -------------------------------------------------------------------------------------------
 
     @property
+    def sample(self) -> int:
+        """Its row of the batch."""
+        return self._sample
+
+    @property
     def last(self) -> torch.Tensor:
         """Place of the last non-padding token, ``[1]``."""
         return torch.cat((self.index, self.text_index)).max().reshape(1)
@@ -195,6 +200,8 @@ class Stage:
         observes_encoder: layers of the vision encoder it will ask for.
         positions: what happens to the survivors' position ids, when it is not what the reducer does elsewhere.
         seed: of the view's ``generator``.
+        trims: first layer whose cache, once the prompt is read, loses what this stage removed; ``None`` = the caches
+            of the layers in front of the stage stay whole.
     """
 
     layer: int
@@ -204,3 +211,4 @@ class Stage:
     observes_encoder: tuple[EncoderWatch, ...] = ()
     positions: Positions | None = None
     seed: int = 0
+    trims: int | None = None

@@ -18,6 +18,9 @@ from zoo.models import LoadedModel
 from zoo.models.anatomy import Anatomy
 from zoo.report import Bar, Report
 
+CACHED = "visual tokens left in the cache"
+"""Bars of a report, beside those of the tokens that each layer saw, when caches were cut after the prompt."""
+
 
 class KeepsShare(BaseModel):
     """Budget of methods that keep a share, or a number, of the visual tokens."""
@@ -39,6 +42,14 @@ class KeepsShare(BaseModel):
             raise BadInput(f"keep_tokens={self.keep_tokens}, but this input has only {tokens} visual tokens")
         return self.keep_tokens
 
+    def share(self, tokens: int) -> float:
+        """The budget as a fraction of ``tokens``, for methods whose count follows from their input.
+
+        Raises:
+            BadInput: ``keep_tokens`` is more than there are.
+        """
+        return self.keep_ratio if self.keep_tokens is None else self.count(tokens) / tokens
+
     @property
     def keeps_all(self) -> bool:
         """True when nothing can leave, so that the method costs nothing."""
@@ -48,6 +59,18 @@ class KeepsShare(BaseModel):
 def keep(index: torch.Tensor) -> Keep:
     """A reduction that keeps the visual tokens ``index [K]`` of one sample, in sequence order."""
     return Keep(index.sort().values.unsqueeze(0))
+
+
+def in_proportion(layers: Sequence[int], depth: int, of: int = 32) -> tuple[int, ...]:
+    """Layer numbers made for a decoder of ``of`` layers, moved in proportion to one of ``depth``; still ascending.
+
+    Numbers stay as they are when the depths agree. A shallow decoder may run out of layers: the last numbers are then
+    too large, and the reducer refuses them.
+    """
+    moved: list[int] = []
+    for layer in layers:
+        moved.append(max(round(layer * depth / of), moved[-1] + 1 if moved else 0))
+    return tuple(moved)
 
 
 class VisualTokenReducer(Method):
@@ -78,9 +101,41 @@ class VisualTokenReducer(Method):
     @classmethod
     def combine(cls, methods: Sequence[Method]) -> Method:
         """Their stages in one reducer: each method finds what those before it have left."""
+        reducers = _modified([method for method in methods if isinstance(method, VisualTokenReducer)])
+        if len(reducers) == 1:
+            return reducers[0]
         joined = JoinedReducers()
-        joined._methods = tuple(method for method in methods if isinstance(method, VisualTokenReducer))
+        joined._methods = tuple(reducers)
         return joined
+
+
+class VisualTokenModifier(VisualTokenReducer):
+    """A method that changes how another one, its *host*, chooses: ``fastv+attention-debiasing``."""
+
+    @abstractmethod
+    def modify(self, host: VisualTokenReducer) -> VisualTokenReducer | None:
+        """The host, modified; ``None`` when it is not of a kind that can be."""
+
+
+def _modified(reducers: list[VisualTokenReducer]) -> list[VisualTokenReducer]:
+    """The methods that are no modifiers, each as the modifiers that fit it make it.
+
+    Raises:
+        BadInput: a modifier finds no host.
+    """
+    hosts = [method for method in reducers if not isinstance(method, VisualTokenModifier)]
+    for modifier in reducers:
+        if not isinstance(modifier, VisualTokenModifier):
+            continue
+        changed = [modifier.modify(host) for host in hosts]
+        if all(new is None for new in changed):
+            raise BadInput(
+                f"{modifier.slug} changes how another method chooses, and "
+                f"{' and '.join(host.slug for host in hosts) or 'there is no other method that'} cannot be changed "
+                "by it; stack it on one that ranks by text-to-vision attention, such as fastv"
+            )
+        hosts = [host if new is None else new for host, new in zip(hosts, changed, strict=True)]
+    return hosts
 
 
 class JoinedReducers(VisualTokenReducer):
@@ -90,8 +145,8 @@ class JoinedReducers(VisualTokenReducer):
 
     @property
     def name(self) -> str:
-        """Slugs joined by ``+``."""
-        return "+".join(method.slug for method in self._methods)
+        """Names joined by ``+``."""
+        return "+".join(method.name for method in self._methods)
 
     def parameters(self) -> dict[str, Any]:
         """Hyper-parameters of each method, by slug."""
@@ -194,6 +249,9 @@ class AppliedTokens(Applied):
             facts[f"visual tokens kept {_place(layer)}"] = round(
                 sum(len(rows) for rows in kept) / len(kept), 2
             )
+        bars = {"visual tokens": layers}
+        if reducer.cached_per_layer is not None:
+            bars[CACHED] = reducer.cached_per_layer.float().mean(0).tolist()
         return Report(
             method=self.method.name,
             parameters=self.method.parameters(),
@@ -201,9 +259,8 @@ class AppliedTokens(Applied):
             kept=sum(layers) / len(layers),
             total=total,
             bars={
-                "visual tokens": [
-                    Bar(label=str(layer), kept=kept, total=total) for layer, kept in enumerate(layers)
-                ]
+                name: [Bar(label=str(layer), kept=kept, total=total) for layer, kept in enumerate(counts)]
+                for name, counts in bars.items()
             },
             facts=facts,
         )

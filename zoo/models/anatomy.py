@@ -138,6 +138,11 @@ class Decoder:
         """Width of the residual stream."""
         return self.embed.embedding_dim
 
+    @property
+    def grid_positions(self) -> bool:
+        """True when positions are places in image grids (M-RoPE), which no count along the sequence replaces."""
+        return "mrope_section" in (getattr(self.config, "rope_parameters", None) or {})
+
     def prunable_parameters(self) -> int:
         """Weights of all decoder-layer linears (embeddings, norms, biases and head not counted)."""
         return sum(
