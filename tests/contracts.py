@@ -58,7 +58,7 @@ PICTURES = {"catp": 3}
 """Methods for prompts with several pictures, and how many they get."""
 FRAMES = {"dycoke": 8, "prunevid": 8, "holitom": 8, "aot": 8, "fastvid": 8}
 """Methods that need a video, and its frames; a model without a video input gets them as pictures."""
-REORDERED = {"dycoke"}
+REORDERED = {"aot", "dycoke"}
 """Methods that put the survivors of a run in an order of their own; all others keep that of the sequence."""
 VIDEO_MODELS = ("tiny-llava", "tiny-llava-onevision", "tiny-qwen2.5-vl", "tiny-internvl")
 NEW = 16
