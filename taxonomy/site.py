@@ -48,7 +48,7 @@ MOST_LISTED = 200
 FIRST_YEAR_ALONE = 2015
 """Papers before this year share a page."""
 
-CARD_SOURCE = "method-specs"
+CARD_SOURCE = "efficiency-zoo"
 """The name under which the bibliography keeps papers that were added for a card and stand in no list."""
 
 EXAMPLE = "SELECT name, year FROM v_method WHERE training = 'none' AND needs_attention_maps = 0 ORDER BY year"
