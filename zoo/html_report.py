@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -17,16 +18,22 @@ WIDTH, HEIGHT = 720, 72
 """Size of a group of bars, in SVG units."""
 
 
-def write_report(record: RunRecord, folder: Path) -> Path:
+def write_report(record: RunRecord, folder: Path, overlay: Path | None = None) -> Path:
     """Write ``report.html`` and ``record.json`` into ``folder``; each appears complete or not at all.
+
+    Args:
+        record: of the run.
+        folder: made when it does not exist.
+        overlay: a PNG file to show in the report.
 
     Raises:
         RunFailed: the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "record.json", record.to_json() + "\n")
-        return _write(folder / "report.html", render(record))
+        write_text(folder / "record.json", record.to_json() + "\n")
+        picture = "" if overlay is None else base64.b64encode(overlay.read_bytes()).decode()
+        return write_text(folder / "report.html", render(record, picture))
     except OSError as error:
         raise RunFailed(
             f"the report could not be written to {folder}: {(error.strerror or str(error)).lower()}; the figures are "
@@ -34,7 +41,8 @@ def write_report(record: RunRecord, folder: Path) -> Path:
         ) from None
 
 
-def _write(path: Path, text: str) -> Path:
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file that appears complete or not at all."""
     with NamedTemporaryFile(
         "w", dir=path.parent, prefix=f".{path.name}-", delete=False, encoding="utf-8"
     ) as file:
@@ -51,8 +59,8 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-def render(record: RunRecord) -> str:
-    """The page. Every value is escaped by the template engine."""
+def render(record: RunRecord, overlay: str = "") -> str:
+    """The page. Every value is escaped by the template engine; ``overlay`` is a PNG picture in base 64."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
     engine = Environment(
@@ -70,6 +78,7 @@ def render(record: RunRecord) -> str:
     ]
     return engine.get_template("report.html.j2").render(
         record=record,
+        overlay=overlay,
         header=header_facts(record),
         tables=tables,
         removed=[(report, removed_line(report), _report_bars(report)) for report in record.reports],

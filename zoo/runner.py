@@ -77,7 +77,8 @@ class Request:
         device, dtype: as in ``load_model``; ``None`` = its defaults.
         seed: of calibration windows and of everything random.
         save: folder for the pruned model; must not exist, or be empty.
-        report: folder for ``report.html`` and ``record.json``.
+        report: folder for ``report.html`` and ``record.json``; for visual-token methods also ``overlay.png``.
+        overlay: PNG file for a picture of the visual tokens that stay.
         store: keep the record in the user's catalogue.
     """
 
@@ -93,6 +94,7 @@ class Request:
     seed: int = 0
     save: Path | None = None
     report: Path | None = None
+    overlay: Path | None = None
     store: bool = True
 
 
@@ -129,7 +131,7 @@ def run(
         raise TypeError("give either a Request or its fields, not both")
     method = make_method(spec, **request.parameters) if isinstance(spec, str) else spec
     methods = method.methods if isinstance(method, Stack) else [method]
-    kind = _kind(methods, model)
+    kind = kind_of(methods, model)
     _check_request(request, methods, kind)
 
     # Torch is imported from here on: the refusals above are instant.
@@ -169,7 +171,7 @@ def _in_one_line(error: Exception) -> Exception:
     return error
 
 
-def _kind(methods: Sequence[Method], model: str | LoadedModel | None) -> Kind:
+def kind_of(methods: Sequence[Method], model: str | LoadedModel | None) -> Kind:
     """What the methods act on. A short name of another kind of model is refused before it is loaded."""
     phases = {method.phase for method in methods}
     if "visual-tokens" in phases:
@@ -226,10 +228,14 @@ def _check_request(request: Request, methods: Sequence[Method], kind: Kind) -> N
         raise BadInput("at least one calibration window is needed")
     for place, what in ((request.save, "the pruned model"), (request.report, "the report")):
         if place is not None:
-            _check_target(place, what, must_be_new=what == "the pruned model")
+            check_target(place, what, must_be_new=what == "the pruned model")
+    if request.overlay is not None:
+        if all(method.phase != "visual-tokens" for method in methods):
+            raise BadInput(f"{names} chooses no visual tokens, so there is no overlay to draw")
+        check_picture_target(request.overlay)
 
 
-def _check_target(folder: Path, what: str, *, must_be_new: bool) -> None:
+def check_target(folder: Path, what: str, *, must_be_new: bool) -> None:
     """Raise ``BadInput`` unless ``folder`` can be made (or written into)."""
     if folder.exists():
         if not folder.is_dir():
@@ -244,6 +250,15 @@ def _check_target(folder: Path, what: str, *, must_be_new: bool) -> None:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise BadInput(f"{what} cannot be written to {folder}: {reason}") from None
+
+
+def check_picture_target(file: Path) -> None:
+    """Raise ``BadInput`` unless ``file`` can be written as a PNG picture."""
+    if file.suffix.lower() != ".png":
+        raise BadInput(f"the overlay is a PNG picture; give a file name that ends in .png, not {file.name}")
+    if file.is_dir():
+        raise BadInput(f"{file} is a folder; name a file for the overlay")
+    check_target(file.parent, "the overlay", must_be_new=False)
 
 
 class _Job:
@@ -266,6 +281,7 @@ class _Job:
         self.progress = progress
         self.record: RunRecord
         self.draft: LoadedModel | None = None
+        self.overlay: Path | None = None
 
     @property
     def phases(self) -> set[str]:
@@ -364,6 +380,25 @@ class _Job:
                 "what it writes means nothing."
             )
         measure_visual_tokens(session, dense, arm, self._prompt, inputs, random=random)
+        if "visual-tokens" in self.phases and (self.request.overlay or self.request.report):
+            self._draw_overlay(session, arm, inputs)
+
+    def _draw_overlay(self, session: Session, arm: Arm, inputs: Mapping[str, Any]) -> None:
+        """Draw what stays, in one more forward pass: watching must not slow what is measured."""
+        from zoo.overlays import draw, record, save_picture
+
+        request = self.request
+        session.progress("drawing the visual tokens", 0, 0)
+        with arm.ready() as applied:
+            (trace,) = record(applied, **inputs)
+        if not trace.steps:
+            session.note("Every visual token stays, so there is no overlay to draw.")
+            return
+        picture = draw(trace, f"{self.record.method} on {self.record.model.ref}")
+        files = [request.overlay, None if request.report is None else request.report / "overlay.png"]
+        saved = [save_picture(picture, file) for file in files if file is not None]
+        self.overlay = saved[0]
+        self.record.inputs["overlay"] = str(self.overlay)
 
     def _resources(self, method: Method) -> dict[str, Any]:
         if method.phase == "decoding" and self.draft is not None:
@@ -475,10 +510,7 @@ class _Job:
                 "shorten it, or lower --max-new-tokens"
             )
         self.record.inputs["prompt tokens"] = length
-        return {
-            name: value.to(loaded.device, loaded.dtype if value.is_floating_point() else None)
-            for name, value in inputs.items()
-        }
+        return on_device(loaded, inputs)
 
     def _default_prompt(self) -> str:
         if "decoding" in self.phases:
@@ -488,17 +520,8 @@ class _Job:
         return PROMPT
 
     def _vlm_inputs(self, loaded: LoadedModel) -> Any:
-        processor = loaded.processor
-        prompt = self.request.prompt or QUESTION
         (picture,) = self._pictures(1)
-        if getattr(processor, "chat_template", None) and not self.request.raw:
-            content = [{"type": "image"}, {"type": "text", "text": prompt}]
-            written = processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True
-            )
-        else:
-            written = f"{getattr(processor, 'image_token', '<image>')}\n{prompt}\n"
-        return processor(text=written, images=picture, return_tensors="pt")
+        return picture_inputs(loaded, picture, self.request.prompt or QUESTION, self.request.raw)
 
     def _pixels(self, loaded: LoadedModel) -> dict[str, Any]:
         if loaded.processor is None:
@@ -535,7 +558,35 @@ class _Job:
         if request.report is not None:
             from zoo.html_report import write_report
 
-            write_report(record, request.report)
+            write_report(record, request.report, self.overlay)
+
+
+def picture_inputs(loaded: LoadedModel, picture: Any, prompt: str = QUESTION, raw: bool = False) -> Any:
+    """What a vision-language model takes for one picture and a prompt, on the CPU, batch 1.
+
+    Args:
+        loaded: with a processor.
+        picture: a PIL image.
+        prompt: the question.
+        raw: leave out the chat template of the model.
+    """
+    processor = loaded.processor
+    if getattr(processor, "chat_template", None) and not raw:
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        written = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+    else:
+        written = f"{getattr(processor, 'image_token', '<image>')}\n{prompt}\n"
+    return processor(text=written, images=picture, return_tensors="pt")
+
+
+def on_device(loaded: LoadedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """``inputs`` on the model's device, floating-point ones in its type."""
+    return {
+        name: value.to(loaded.device, loaded.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
 
 
 def stored_form(record: RunRecord) -> dict[str, Any]:

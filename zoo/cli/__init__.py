@@ -46,6 +46,9 @@ COMMANDS = (
         "taxonomy", "zoo.cli.taxonomy_commands:app", "Trees, matrix, glossary and gaps of the field.", READ
     ),
     Command("run", "zoo.cli.running:run", "Run a method on a model and measure both.", RUN),
+    Command(
+        "gallery", "zoo.cli.gallery:gallery", "Draw what each visual-token method keeps of a photo.", RUN
+    ),
     Command("results", "zoo.cli.results_command:results", "List what was measured.", RUN),
     Command("models", "zoo.cli.running:models", "List the models that have a short name.", RUN),
     Command("catalog", "zoo.cli.catalog_commands:app", "Build, check, query or export the catalogue.", KEEP),

@@ -75,6 +75,12 @@ def run(
     report: Annotated[
         Path | None, typer.Option("--report", metavar="DIR", help="Write report.html and record.json here.")
     ] = None,
+    overlay: Annotated[
+        Path | None,
+        typer.Option(
+            "--overlay", metavar="FILE", help="Draw the visual tokens that stay (PNG). --report does it too."
+        ),
+    ] = None,
     as_json: Json = False,
     no_record: Annotated[
         bool, typer.Option("--no-record", help="Do not store the run in your catalogue.")
@@ -99,12 +105,13 @@ def run(
         seed=seed,
         save=save,
         report=report,
+        overlay=overlay,
         store=not no_record,
     )
     settings = Settings(repeats=repeats, seconds=seconds, new_tokens=max_new_tokens)
     record: RunRecord
     interrupted = False
-    with _progress() as progress:
+    with progress_line() as progress:
         try:
             record = run_method(method, model, request, settings=settings, progress=progress)
         except RunInterrupted as interrupt:
@@ -119,6 +126,8 @@ def run(
         draw(record, Console(highlight=False))
     if report is not None:
         typer.echo(f"report: {report / 'report.html'}", err=True)
+    if "overlay" in record.inputs:
+        typer.echo(f"overlay: {record.inputs['overlay']}", err=True)
     if interrupted:
         typer.echo(
             "interrupted: the figures above were finished" + ("" if no_record else " and are stored"),
@@ -143,7 +152,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str | None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def progress_line() -> Iterator[Callable[[str, int, int], None]]:
     """A line on standard error that says what is going on; silent when that is not a terminal.
 
     It is redrawn when something is reported and never by a thread of its own, which would be measured too.

@@ -110,6 +110,8 @@ class TokenReducer:
         """Whether position ids were renumbered (latest input)."""
         self.cached_per_layer: torch.Tensor | None = None
         """Visual tokens left in each layer's cache, ``[B, layers]``, of the latest input; ``None`` = those it saw."""
+        self.watch: Callable[[View, Reduction], None] | None = None
+        """Called with what each stage saw of a sample and what it decided; for those who draw it."""
         self._watcher: Watcher | None = None
         self._ids: torch.Tensor | None = None
         self._passes: weakref.WeakKeyDictionary[Any, _Pass] = weakref.WeakKeyDictionary()
@@ -376,7 +378,10 @@ class TokenReducer:
                 _hidden=current.hidden,
                 _pictures=partial(_of_sample, current.pictures, sample),
             )
-            rows.append(_arrange(stage.reduce(view), view))
+            reduction = stage.reduce(view)
+            if self.watch is not None:
+                self.watch(view, reduction)
+            rows.append(_arrange(reduction, view))
         self.arriving[stage.layer] = before.visual.sum(1).tolist()
         self.kept[stage.layer] = [before.columns[b, row.place[row.visual]] for b, row in enumerate(rows)]
         counts = torch.tensor([len(kept) for kept in self.kept[stage.layer]], device=hidden.device)

@@ -79,6 +79,8 @@ class VisualTokenReducer(Method):
     phase = "visual-tokens"
     positions: ClassVar[Positions] = "keep"
     """What happens to the position ids of survivors: ``keep`` (gaps stay) or ``renumber``."""
+    engine: ClassVar[type[TokenReducer]] = TokenReducer
+    """Runs the stages. A method with an engine of its own cannot be joined with others."""
 
     @abstractmethod
     def stages(self, anatomy: Anatomy) -> list[Stage]:
@@ -95,7 +97,7 @@ class VisualTokenReducer(Method):
         self.check(loaded)
         anatomy = loaded.anatomy
         return AppliedTokens(
-            self, loaded, TokenReducer(anatomy, self.stages(anatomy), self.positions, self.slug)
+            self, loaded, self.engine(anatomy, self.stages(anatomy), self.positions, self.slug)
         )
 
     @classmethod
@@ -156,6 +158,11 @@ class JoinedReducers(VisualTokenReducer):
         """Ask every method; then refuse two that claim the same place."""
         for method in self._methods:
             method.check(loaded)
+            if method.engine is not TokenReducer:
+                raise Refused(
+                    f"{method.slug} brings tokens back inside the LLM and cannot be joined with other methods that "
+                    "take visual tokens away: run it alone"
+                )
         self.stages(loaded.anatomy)
 
     def stages(self, anatomy: Anatomy) -> list[Stage]:
