@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
@@ -557,8 +558,9 @@ class _Parsed(Mapping[str, Any]):
         return self._in_order(json.loads(self._text))
 
     @staticmethod
+    @abstractmethod
     def _in_order(values: dict[str, Any]) -> dict[str, Any]:
-        raise NotImplementedError
+        """The values with their keys in the order in which people read them."""
 
     def __getitem__(self, name: str) -> Any:
         return self._values[name]
