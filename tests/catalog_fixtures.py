@@ -36,7 +36,7 @@ def card(**changes: object) -> Card:
 
 
 def small(*cards: Card, **more: object) -> Sources:
-    return Sources(cards={one.slug: one for one in cards or (card(),)}, **more)  # type: ignore[arg-type]
+    return Sources(cards={one.slug: one for one in cards or (card(),)}, **more)
 
 
 def make_run(**changes: object) -> Run:
@@ -56,7 +56,7 @@ def make_run(**changes: object) -> Run:
         "dtype": "float32",
         "device": "cpu",
     }
-    return Run(**{**values, **changes})  # type: ignore[arg-type]
+    return Run(**{**values, **changes})
 
 
 def real_sources() -> Sources:

@@ -238,7 +238,7 @@ def query_aware(bench: Bench, declared: bool) -> None:
     with bench.apply(loaded) as applied:
         for question in QUESTIONS:
             prefill(applied, visual(bench, loaded, [question], (0,)))
-            kept.append({layer: rows[0].tolist() for layer, rows in applied.kept.items()})  # type: ignore[attr-defined]
+            kept.append({layer: rows[0].tolist() for layer, rows in applied.kept.items()})
     changed = any(one != kept[0] for one in kept)
     assert changed == declared, f"other questions {'changed' if changed else 'did not change'} what is kept"
 
@@ -371,7 +371,7 @@ def keeps_positions(bench: Bench, declared: bool) -> None:
         hook = last.register_forward_pre_hook(see, with_kwargs=True)
         prefill(applied, inputs)
         hook.remove()
-        kept = applied.kept[max(applied.kept)][0]  # type: ignore[attr-defined]
+        kept = applied.kept[max(applied.kept)][0]
     dense, short = seen
     numbers = torch.tensor(list(loaded.anatomy.visual_token_ids.values()))
     visual = torch.isin(inputs["input_ids"][0], numbers).nonzero().squeeze(-1)

@@ -42,7 +42,7 @@ def test_property(slug: str, name: str, model: str, record_verified: object) -> 
     cls = method_class(slug)
     declared = cls.card().properties[name]
     CHECKS[cls.phase][name](Bench(slug, model), declared)
-    record_verified(slug, "property", name, model)  # type: ignore[operator]
+    record_verified(slug, "property", name, model)
 
 
 UNTRAINED = [
@@ -55,7 +55,7 @@ UNTRAINED = [
 @pytest.mark.parametrize(("slug", "model"), UNTRAINED, ids=["/".join(case) for case in UNTRAINED])
 def test_training_facet(slug: str, model: str, record_verified: object) -> None:
     training_none(Bench(slug, model))
-    record_verified(slug, "facet", "training", model)  # type: ignore[operator]
+    record_verified(slug, "facet", "training", model)
 
 
 VISUAL = [(s, m) for s, m in SLUG_MODELS if method_class(s).phase == "visual-tokens"]
@@ -64,7 +64,7 @@ VISUAL = [(s, m) for s, m in SLUG_MODELS if method_class(s).phase == "visual-tok
 @pytest.mark.parametrize(("slug", "model"), VISUAL, ids=["/".join(case) for case in VISUAL])
 def test_where_facet(slug: str, model: str, record_verified: object) -> None:
     acts_where_declared(Bench(slug, model))
-    record_verified(slug, "facet", "where", model)  # type: ignore[operator]
+    record_verified(slug, "facet", "where", model)
 
 
 @pytest.mark.parametrize("slug", implemented())

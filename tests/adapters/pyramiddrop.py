@@ -26,7 +26,7 @@ def decoder_of(case: Case) -> Decoder:
     with torch.no_grad():
         layer.attention.query.weight.copy_(case.tensor("q_weight"))
         layer.attention.key.weight.copy_(case.tensor("k_weight"))
-        layer.module.input_layernorm.weight.copy_(case.tensor("rms_weight"))  # type: ignore[union-attr, operator]
+        layer.module.input_layernorm.weight.copy_(case.tensor("rms_weight"))
     return decoder
 
 

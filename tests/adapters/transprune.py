@@ -25,7 +25,7 @@ def decoder_of(case: Case, layer: int) -> Decoder:
     coming = decoder.layers[layer]
     coming.attention.query.weight.copy_(case.tensor("q_weight"))
     coming.attention.key.weight.copy_(case.tensor("k_weight"))
-    coming.module.input_layernorm.weight.copy_(case.tensor("rms_weight"))  # type: ignore[union-attr, operator]
+    coming.module.input_layernorm.weight.copy_(case.tensor("rms_weight"))
     return decoder
 
 

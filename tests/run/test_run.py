@@ -86,7 +86,7 @@ def test_pruning_figures_are_those_of_the_pruned_model(tmp_path: Path) -> None:
     assert method < dense
     flops = values(record, "flops")
     (prefill,) = [row for row in record.comparisons if row.quantity == "prefill-time"]
-    assert prefill.bound == pytest.approx(flops[0] / flops[1])  # type: ignore[operator]
+    assert prefill.bound == pytest.approx(flops[0] / flops[1])
 
 
 def test_nothing_removed_is_nothing_lost() -> None:
@@ -113,7 +113,7 @@ def test_draft_model_can_be_a_pruned_copy() -> None:
     record = quick("speculative-sampling", "tiny-llama", draft="flap:sparsity=0.1")
     assert record.outputs is not None
     assert record.outputs.identical
-    assert sum(record.reports[0].decoding.drafted) > 0  # type: ignore[union-attr]
+    assert sum(record.reports[0].decoding.drafted) > 0
 
 
 def test_visual_tokens_shrink_the_cache_as_reported() -> None:

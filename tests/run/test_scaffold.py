@@ -111,7 +111,7 @@ def test_a_failure_leaves_nothing(checkout: Path, monkeypatch: pytest.MonkeyPatc
     def full(path: Path, *args: object, **kwargs: object) -> int:
         if path.name.startswith("test_"):
             raise OSError(28, "No space left on device")
-        return real(path, *args, **kwargs)  # type: ignore[arg-type]
+        return real(path, *args, **kwargs)
 
     before = sorted(checkout.rglob("*"))
     monkeypatch.setattr(Path, "write_text", full)

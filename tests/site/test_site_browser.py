@@ -108,7 +108,7 @@ def test_no_page_is_wider_than_the_screen(results: dict[str, dict[str, int]]) ->
     assert {place: extra for place, extra in results["wide"].items() if extra > 0} == {}
 
 
-def test_a_linked_selection_filters_and_sorts(results: dict[str, list[object]], library) -> None:  # type: ignore[no-untyped-def]
+def test_a_linked_selection_filters_and_sorts(results: dict[str, list[object]], library) -> None:
     expected = {
         entry.name
         for entry in library.entries
@@ -133,8 +133,8 @@ def test_the_address_follows_what_is_chosen(results: dict[str, object]) -> None:
     assert results["afterChip"] == "#where=attention&training=none&query_aware=no&sort=-year"
     assert results["afterSort"] == "#where=attention&training=none&query_aware=no&sort=name"
     assert results["afterSearch"] == "#q=max-min&sort=name"
-    assert "DivPrune" in results["searched"]  # type: ignore[operator]
-    assert "FLAP" not in results["searched"]  # type: ignore[operator]
+    assert "DivPrune" in results["searched"]
+    assert "FLAP" not in results["searched"]
 
 
 def test_the_colour_scheme_can_be_switched(results: dict[str, object]) -> None:
@@ -143,5 +143,5 @@ def test_the_colour_scheme_can_be_switched(results: dict[str, object]) -> None:
 
 
 def test_the_bibliography_is_searched_in_the_page(results: dict[str, object]) -> None:
-    assert any("DivPrune" in title for title in results["papers"])  # type: ignore[attr-defined]
+    assert any("DivPrune" in title for title in results["papers"])
     assert "newest first" in str(results["found"])

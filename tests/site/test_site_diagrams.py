@@ -27,7 +27,7 @@ def numbers(svg: str) -> list[int]:
 @given(
     some(WHERE), some(TARGET), some(OPERATION), some(WHEN), some(ARCHITECTURE), st.booleans(), st.booleans()
 )
-def test_every_place_is_numbered_once(where, target, operation, when, architecture, shortens, thins) -> None:  # type: ignore[no-untyped-def]
+def test_every_place_is_numbered_once(where, target, operation, when, architecture, shortens, thins) -> None:
     svg = diagrams.pipeline(
         where, target, operation, when, architecture, name="A & <b>", shortens=shortens, thins_cache=thins
     )

@@ -35,7 +35,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def mine(**filters: object) -> list[str]:
-    return [result.key for result in results(reference=False, **filters)]  # type: ignore[arg-type]
+    return [result.key for result in results(reference=False, **filters)]
 
 
 def test_a_run_comes_back_as_it_was(place: Path) -> None:
@@ -131,7 +131,7 @@ def test_config_ignores_when_and_where() -> None:
         ({"parameters": {"x": float("nan")}}, "JSON"),
         ({"parameters": {"x": object()}}, "JSON"),
         ({"measurements": (Measurement("q", "dense", "s", 1.0),) * 2}, "measured twice"),
-        ({"measurements": (Measurement("q", "both", "s", 1.0),)}, "arm 'both'"),  # type: ignore[arg-type]
+        ({"measurements": (Measurement("q", "both", "s", 1.0),)}, "arm 'both'"),
         ({"measurements": (Measurement("q", "dense", "s", 1.0, n=0),)}, "n = 0"),
         ({"measurements": (Measurement("q", "dense", "s", float("inf")),)}, "JSON"),
     ],
@@ -260,7 +260,7 @@ def _write(where: str, worker: int, count: int) -> None:
         record_run(make_run(key=f"{worker}-{number}"), where)
 
 
-def _read(where: str, until: int, seen: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
+def _read(where: str, until: int, seen: multiprocessing.Queue) -> None:
     last, rounds = 0, 0
     deadline = time.monotonic() + 60
     while last < until and time.monotonic() < deadline:
@@ -336,12 +336,12 @@ def next_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(paths, "MIGRATIONS", folder)
         monkeypatch.setattr(files, "REVISION", "0002")
 
-    return type("Future", (), {"begin": staticmethod(switch), "folder": folder})  # type: ignore[return-value]
+    return type("Future", (), {"begin": staticmethod(switch), "folder": folder})
 
 
 def test_an_older_file_is_upgraded_and_keeps_its_runs(place: Path, next_revision: object) -> None:
     record_run(make_run(key="before"))
-    next_revision.begin()  # type: ignore[attr-defined]
+    next_revision.begin()
     assert mine() == ["before"]  # reading upgrades too
     record_run(make_run(key="after"))
     assert sorted(mine()) == ["after", "before"]
@@ -352,10 +352,10 @@ def test_an_older_file_is_upgraded_and_keeps_its_runs(place: Path, next_revision
 
 def test_an_upgrade_that_fails_changes_nothing(place: Path, next_revision: object) -> None:
     record_run(make_run(key="before"))
-    folder = next_revision.folder  # type: ignore[attr-defined]
+    folder = next_revision.folder
     with (folder / "versions" / "0002_mood.py").open("a") as file:
         file.write("    op.execute('SELECT nonsense FROM nowhere')\n")
-    next_revision.begin()  # type: ignore[attr-defined]
+    next_revision.begin()
     with pytest.raises(CatalogError, match="nowhere"):
         record_run(make_run())
     with sqlite3.connect(place) as db:

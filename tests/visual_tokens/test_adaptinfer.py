@@ -107,7 +107,7 @@ def test_tokens_that_the_guiding_row_attends_to_stay() -> None:
         text,
         8,
         1,
-        _seen={0: type("Rows", (), {"rows": lambda self, sample, index: attention[:, index]})()},  # type: ignore[dict-item]
+        _seen={0: type("Rows", (), {"rows": lambda self, sample, index: attention[:, index]})()},
     )
     kept = AdaptInfer(layers=(0,), counts=(2,)).select(0, view)
     assert kept.index.tolist() == [[1, 5]]

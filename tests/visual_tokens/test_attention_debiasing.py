@@ -82,7 +82,7 @@ def test_equals_a_forward_pass_by_hand(kept: int) -> None:
     stack = zoo.method("fastv+attention-debiasing", keep_tokens=kept, sigma=1.7, layer=2)
     with stack.apply(loaded) as applied, torch.no_grad():
         logits = applied(**data).logits[0, -1]
-        places = applied.layers[0].kept[2][0]  # type: ignore[attr-defined]
+        places = applied.layers[0].kept[2][0]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert len(places) == left[2] == min(kept, 24)
     visual = visual_places(loaded, data["input_ids"][0]).tolist()
@@ -121,8 +121,8 @@ def test_a_trend_that_outweighs_attention_keeps_the_first_tokens(host: str) -> N
         method = zoo.method("attention-debiasing", host=host, host_parameters=settings, sigma=sigma)
         with method.apply(loaded) as applied, torch.no_grad():
             applied(**inputs(loaded, 1))
-            first = min(applied.kept)  # type: ignore[attr-defined]
-            means.append(float(applied.kept[first][0].float().mean()))  # type: ignore[attr-defined]
+            first = min(applied.kept)
+            means.append(float(applied.kept[first][0].float().mean()))
     assert means[0] < means[1]
 
 
@@ -167,7 +167,7 @@ def test_a_picture_without_padding_is_left_alone() -> None:
     data = dict(loaded.processor(text="<image>?", images=picture(2, 48, 48), return_tensors="pt"))
     with zoo.method("attention-debiasing", sigma=0.0).apply(loaded) as applied, torch.no_grad():
         applied(**data)
-        corrected = applied.kept[2][0]  # type: ignore[attr-defined]
+        corrected = applied.kept[2][0]
     with zoo.method("fastv").apply(loaded) as applied, torch.no_grad():
         applied(**data)
-        assert applied.kept[2][0].tolist() == corrected.tolist()  # type: ignore[attr-defined]
+        assert applied.kept[2][0].tolist() == corrected.tolist()

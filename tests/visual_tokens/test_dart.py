@@ -64,7 +64,7 @@ def by_hand(loaded: LoadedModel, data: dict[str, Any], layer: int, **budget: int
 @pytest.mark.parametrize("layer", [1, 3])
 def test_selection_equals_the_paper_by_hand(layer: int, dtype: torch.dtype) -> None:
     loaded = load("tiny-llava", dtype)
-    attention = loaded.anatomy.decoder.layers[0].attention  # type: ignore[union-attr]
+    attention = loaded.anatomy.decoder.layers[0].attention
     assert attention.group > 1, "grouped queries are the case that counts"
     method = zoo.method("dart", keep_tokens=20, layer=layer, image_pivots=3, text_pivots=2)
     for sample in range(3):

@@ -73,13 +73,13 @@ def test_gate_reads_the_most_attended_and_follows_changes() -> None:
     b = torch.tensor([0.01, 0.1, 0.02, 0.5, 0.37])
     for reuse in (False, True):
         gate = Gate(0.5, 0.9, reuse)
-        assert gate(a).nonzero().flatten().tolist() == [0, 2]  # type: ignore[union-attr]
+        assert gate(a).nonzero().flatten().tolist() == [0, 2]
         same = gate(a * 1.01)
         assert gate.similarity > 0.99
         assert (same is None) == (not reuse)
         if same is not None:
             assert same.tolist() == [True, False, True, False, False]
-        assert gate(b).nonzero().flatten().tolist() == [3, 4]  # type: ignore[union-attr]
+        assert gate(b).nonzero().flatten().tolist() == [3, 4]
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ def by_hand(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_generate_equals_decoding_by_hand(dtype: torch.dtype) -> None:
     loaded = load("tiny-llava", dtype)
-    attention = loaded.anatomy.decoder.layers[0].attention  # type: ignore[union-attr]
+    attention = loaded.anatomy.decoder.layers[0].attention
     assert attention.group > 1, "grouped queries are the case that counts"
     method = zoo.method("dycoke", gate=NEVER, layer=2, read_ratio=0.05)
     together = []

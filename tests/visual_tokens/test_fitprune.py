@@ -174,7 +174,7 @@ def test_a_padded_batch_loses_what_the_recipe_says(dtype: torch.dtype) -> None:
     loaded = load("tiny-llava", dtype)
     with zoo.method("fitprune").apply(loaded) as applied:
         applied.generate(**cast(inputs(loaded, 0, 1, 2), dtype), max_new_tokens=3, do_sample=False)
-        kept = applied.kept  # type: ignore[attr-defined]
+        kept = applied.kept
     gone = [sum(stretched(RECIPES[0.4], 4)[: layer + 1]) for layer in range(3)]
     for layer, places in kept.items():
         for row in places:

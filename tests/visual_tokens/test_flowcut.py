@@ -164,7 +164,7 @@ def test_tiles_are_cut_a_second_time_by_the_question() -> None:
     loaded.model.set_attn_implementation("eager")
     with FlowCut(keep_tokens=20, llm_layer=1).apply(loaded) as applied:
         values: list[torch.Tensor] = []
-        attention = loaded.anatomy.decoder.layers[1].attention.module  # type: ignore[union-attr]
+        attention = loaded.anatomy.decoder.layers[1].attention.module
         hook = attention.v_proj.register_forward_hook(lambda *given: values.append(given[2][0]))
         output = applied.model(**data, output_attentions=True)
         hook.remove()

@@ -160,12 +160,12 @@ def test_pictures_that_merge_differently_share_a_batch(dtype: torch.dtype) -> No
     data["pixel_values"][1] = data["pixel_values"][1, :, :1, :1]  # of one colour: more windows are alike
     with zoo.method("mustdrop", **SETTINGS).apply(loaded) as applied, torch.no_grad():
         ids = applied.generate(**data, max_new_tokens=5, do_sample=False)
-        together = [len(row) for row in applied.kept[-1]]  # type: ignore[attr-defined]
+        together = [len(row) for row in applied.kept[-1]]
         for sample in range(3):
             alone = cast(inputs(loaded, sample), dtype)
             alone["pixel_values"] = data["pixel_values"][sample : sample + 1]
             single = applied.generate(**alone, max_new_tokens=5, do_sample=False)
-            assert len(applied.kept[-1][0]) == together[sample]  # type: ignore[attr-defined]
+            assert len(applied.kept[-1][0]) == together[sample]
             if dtype == torch.float32:
                 assert ids[sample, -5:].tolist() == single[0, -5:].tolist()
     assert len(set(together)) > 1

@@ -49,11 +49,11 @@ def test_a_padded_batch_meets_the_budget_and_keeps_the_order(dtype: torch.dtype)
     method = zoo.method("pyramiddrop", layers=[1, 3], keep_ratios=[0.5, 0.1])
     with method.apply(loaded) as applied:
         applied.generate(**data, max_new_tokens=3, do_sample=False)
-        kept = applied.kept  # type: ignore[attr-defined]
+        kept = applied.kept
         singles = []
         for sample in range(3):
             applied(**cast(inputs(loaded, sample), dtype))
-            singles.append(applied.kept[3][0])  # type: ignore[attr-defined]
+            singles.append(applied.kept[3][0])
     for layer, count in ((1, 18), (3, 3)):  # int(36 * ratio)
         for places in kept[layer]:
             assert len(places) == count

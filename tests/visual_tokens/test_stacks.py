@@ -63,8 +63,8 @@ def test_a_stack_equals_one_reducer_with_both_stages(name: str) -> None:
         tokens = generate(applied, data)
         whole, reports = applied.report, applied.reports
     stages = [
-        Stage(-1, first.select, positions="renumber"),  # type: ignore[attr-defined]
-        Stage(2, second.select, observes=(1,), positions="keep"),  # type: ignore[attr-defined]
+        Stage(-1, first.select, positions="renumber"),
+        Stage(2, second.select, observes=(1,), positions="keep"),
     ]
     reducer = TokenReducer(loaded.anatomy, stages, "keep", "test")
     ids = loaded.model.generate(**data, max_new_tokens=NEW, do_sample=False)
@@ -101,7 +101,7 @@ def test_each_method_keeps_its_own_position_policy() -> None:
         generate(applied, single)
         for hook in hooks:
             hook.remove()
-        kept = applied.layers[0].kept  # type: ignore[attr-defined]
+        kept = applied.layers[0].kept
     length = len(single["input_ids"][0])
     visual = visual_places(loaded, single["input_ids"][0]).tolist()
     after_first = [place for place in range(length) if place not in visual or place in kept[-1][0].tolist()]

@@ -331,7 +331,7 @@ def watch_all(layer: DecoderLayer) -> dict[str, Watch]:
         "norm": layer.post_norm,
         "layer": "layer",
     }
-    return {name: Watch(point, Collect()) for name, point in points.items()}  # type: ignore[arg-type]
+    return {name: Watch(point, Collect()) for name, point in points.items()}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -391,8 +391,8 @@ def test_decisions_do_not_depend_on_batching(method: WeightPruner) -> None:
         method.decide(decoder, stream(decoder, ids(), method.observe, batch=size)) for size in (1, 4)
     )
     for a, b in zip(one, many, strict=True):
-        assert a.heads is None or torch.equal(a.heads, b.heads)  # type: ignore[arg-type]
-        assert torch.equal(a.channels, b.channels)  # type: ignore[arg-type]
+        assert a.heads is None or torch.equal(a.heads, b.heads)
+        assert torch.equal(a.channels, b.channels)
 
 
 def test_sequential_pruning_feeds_the_next_layer_from_the_pruned_one() -> None:
