@@ -1,7 +1,8 @@
 import torch
 from golden_cases import Case, golden
 
-from zoo.engines.tokens import View, _arrange
+from zoo.engines.segments import arrange
+from zoo.engines.tokens import View
 from zoo.methods.visual_tokens.fastv import FastV, visual_scores
 
 
@@ -39,7 +40,7 @@ def selection(case: Case) -> None:
     scores = visual_scores(view.attention(1, view.last)[:, 0], view.index)
     torch.testing.assert_close(scores, case.tensor("image_scores"))
     assert (method.order(scores) + start).tolist() == case.tensor("topk_order").tolist()
-    row = _arrange(method.select(view), view)
+    row = arrange(method.select(view), view)
     assert row.place.tolist() == case.tensor("keep_indices").tolist()
     torch.testing.assert_close(hidden[:, row.place], case.tensor("hidden_out"), rtol=0, atol=0)
     assert row.place.tolist() == case.tensor("position_ids")[0].tolist()

@@ -2,7 +2,8 @@ import torch
 from golden_cases import Case, golden
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from zoo.engines.tokens import View, _arrange
+from zoo.engines.segments import arrange
+from zoo.engines.tokens import View
 from zoo.methods.visual_tokens.pyramiddrop import PyramidDrop
 from zoo.models.anatomy import Decoder, anatomy_of
 
@@ -59,6 +60,6 @@ def selection(case: Case) -> None:
     )
     reduction = method.select(decoder, ratios[stage], view)
     assert reduction.length == case.item("num_keep")
-    row = _arrange(reduction, view)
+    row = arrange(reduction, view)
     assert row.place.tolist() == case.tensor("kept_index").tolist()
     assert list(range(len(row.place))) == case.tensor("position_ids_after").tolist()

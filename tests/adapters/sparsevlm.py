@@ -1,7 +1,8 @@
 import torch
 from golden_cases import Case, golden
 
-from zoo.engines.tokens import View, _arrange
+from zoo.engines.segments import arrange
+from zoo.engines.tokens import View
 from zoo.methods.visual_tokens.sparsevlm import SparseVLM, raters
 
 
@@ -67,7 +68,7 @@ def selection(case: Case) -> None:
     assert staying == int(kept.sum()) == min(method.count(stage, number), number - 1)
     assert torch.equal((into >= 0) & (into < staying), kept)
     assert int((into >= staying).sum()) == case.item("recycle_candidates")
-    row = _arrange(reduction, view)
+    row = arrange(reduction, view)
     out = hidden[row.place]
     assert row.combine is not None
     out[row.visual] = row.combine(view.tokens)

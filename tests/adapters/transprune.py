@@ -2,7 +2,8 @@ import torch
 from golden_cases import Case, golden
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from zoo.engines.tokens import View, _arrange
+from zoo.engines.segments import arrange
+from zoo.engines.tokens import View
 from zoo.methods.visual_tokens.transprune import MODULES, TransPrune, token_transition
 from zoo.models.anatomy import Decoder, anatomy_of
 
@@ -75,7 +76,7 @@ def one_cut(case: Case) -> None:
         torch.testing.assert_close(method.transition(view, seen), expected[seen, index], rtol=0, atol=1e-6)
     reduction = method.select(decoder_of(case, layer), (layer,), 0, range(layer), view)
     assert reduction.length == case.item("num_keep")
-    row = _arrange(reduction, view)
+    row = arrange(reduction, view)
     assert row.place.tolist() == case.tensor("kept_index").tolist()
     torch.testing.assert_close(expected[:, row.place], case.tensor("ttv_after_prune"), rtol=0, atol=1e-6)
     noted = view.memory["transprune"][reduction.index[0]]

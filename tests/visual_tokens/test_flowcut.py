@@ -195,10 +195,44 @@ def test_other_encoders_are_refused_in_one_line(name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_stack_with_another_token_method_is_refused() -> None:
+def test_a_stack_prunes_further_inside_the_llm() -> None:
     loaded = load("tiny-llava")
-    with pytest.raises(Refused, match="without other visual-token methods"):
-        zoo.method("flowcut+fastv").apply(loaded)
+    settings = {"flowcut.keep_ratio": 0.5, "fastv.keep_ratio": 0.5, "layer": 2}
+    singles = []
+    with zoo.method("flowcut+fastv", **settings).apply(loaded) as applied:
+        data = inputs(loaded, (0, 1, 2))
+        together = applied.generate(**data, max_new_tokens=NEW, do_sample=False)[:, -NEW:]
+        lengths = [len(rows) for kept in applied.layers[0].kept.values() for rows in kept]
+        first, second = applied.reports
+        for sample in range(3):
+            alone = inputs(loaded, (sample,))
+            singles.append(applied.generate(**alone, max_new_tokens=NEW, do_sample=False)[0, -NEW:])
+    assert lengths == [18] * 3 + [9] * 3
+    assert together.tolist() == [tokens.tolist() for tokens in singles]
+    assert [bar.kept for bar in first.bars["encoder tokens per crop"]][-2:] == [19, 37]
+    assert "encoder tokens per crop" not in second.bars
+
+
+def test_the_projector_runs_on_what_is_left() -> None:
+    loaded = load("tiny-llava-next")
+    data = inputs(loaded, (0, 1))
+    rows: list[int] = []
+    first = next(part for part in loaded.anatomy.projector.modules() if isinstance(part, torch.nn.Linear))
+    hook = first.register_forward_hook(lambda _, args, output: rows.append(args[0].shape[:-1].numel()))
+    with torch.no_grad():
+        with FlowCut(keep_ratio=0.25).apply(loaded) as applied:
+            applied(**data)
+        loaded.model(**data)
+    hook.remove()
+    assert rows == [9 * (rows[1] // 36), rows[1]]
+
+
+def test_what_another_method_may_not_touch_is_said_in_one_line() -> None:
+    loaded = load("tiny-llava")
+    with pytest.raises(Refused, match="flowcut and mustdrop both prune before the LLM"):
+        zoo.method("flowcut+mustdrop").apply(loaded)
+    with pytest.raises(Refused, match="flowcut and divprune both prune before the LLM"):
+        zoo.method("flowcut+divprune").apply(loaded)
 
 
 @torch.no_grad()

@@ -228,12 +228,35 @@ def test_what_cannot_be_done_is_said_in_one_line() -> None:
         zoo.method("lvlm-csp", keep_ratio=0.2).apply(loaded)
     with pytest.raises(ValueError, match="ascend"):
         LvlmCsp(layers=(3, 2))
-    for first, second in (("lvlm-csp", "fastv"), ("divprune", "lvlm-csp")):
-        joined = zoo.families.visual_tokens.VisualTokenReducer.combine(
-            [zoo.method(first), zoo.method(second)]
-        )
-        with pytest.raises(Refused, match="lvlm-csp brings tokens back"):
-            joined.apply(loaded)
+    with pytest.raises(Refused, match="divprune and lvlm-csp both prune before the LLM"):
+        zoo.method("divprune+lvlm-csp").apply(loaded)
+    with pytest.raises(Refused, match="that fastv removes before layer 1: move fastv behind it"):
+        zoo.method("lvlm-csp+fastv", **{"fastv.layer": 1, "lvlm-csp.layers": [2, 3]}).apply(loaded)
+
+
+@pytest.mark.parametrize(
+    "other", [{"random-tokens.schedule": {3: 0.5}}, {"fastv.layer": 3, "fastv.keep_tokens": 2}]
+)
+@pytest.mark.parametrize("model", ["tiny-llava", "tiny-qwen3-vl"])
+def test_a_method_behind_the_return_finds_what_is_left(model: str, other: dict[str, Any]) -> None:
+    loaded = load(model)
+    slug = next(iter(other)).partition(".")[0]
+    stack = zoo.method(f"lvlm-csp+{slug}", **other, **{"lvlm-csp.layers": [1, 2], "lvlm-csp.keep_ratio": 0.6})
+    with torch.no_grad(), stack.apply(loaded) as applied:
+        data = inputs(loaded, (0, 1, 2))
+        cache = applied(**data, use_cache=True).past_key_values
+        together = applied.generate(**data, max_new_tokens=NEW, do_sample=False)[:, -NEW:]
+        first, second = applied.reports
+        alone = [
+            applied.generate(**inputs(loaded, (sample,)), max_new_tokens=NEW, do_sample=False)[0, -NEW:]
+            for sample in range(3)
+        ]
+    assert together.tolist() == [tokens.tolist() for tokens in alone]
+    lengths = [layer.get_seq_length() for layer in cache.layers]
+    assert lengths[0] < lengths[1] > lengths[2] > lengths[3]
+    left = [[bar.kept for bar in report.bars["visual tokens"]] for report in (first, second)]
+    assert left[0][1] == first.total > left[0][0]
+    assert left[1][:3] == [first.total] * 3 > left[1][3:]
 
 
 def test_keep_ratio_one_changes_nothing() -> None:

@@ -183,6 +183,30 @@ def test_nothing_to_merge_and_nothing_to_drop_leaves_the_model_as_it_is() -> Non
         assert torch.equal(loaded.model(**data).logits, dense)
 
 
+@pytest.mark.parametrize("name", ["tiny-llava", "tiny-llava-next"])
+def test_a_stack_with_a_method_inside_the_llm(name: str) -> None:
+    """The projector runs once for each token of the encoder, and a padded batch equals single samples."""
+    loaded = load(name)
+    rows: list[int] = []
+    first = next(part for part in loaded.anatomy.projector.modules() if isinstance(part, torch.nn.Linear))
+    hook = first.register_forward_hook(lambda _, args, output: rows.append(args[0].shape[:-1].numel()))
+    settings = {f"mustdrop.{key}": value for key, value in SETTINGS.items()} | {"mustdrop.layers": [0, 1]}
+    stack = zoo.method("mustdrop+fastv", **settings, **{"fastv.layer": 3, "fastv.keep_tokens": 2})
+    with torch.no_grad(), stack.apply(loaded) as applied:
+        cache = applied(**inputs(loaded, 0, 1, 2), use_cache=True).past_key_values
+        entered = sum(len(kept) for kept in applied.layers[0].kept[-1])
+        together = applied.generate(**inputs(loaded, 0, 1, 2), max_new_tokens=4, do_sample=False)[:, -4:]
+        for sample in range(3):
+            ids = applied.generate(**inputs(loaded, sample), max_new_tokens=4, do_sample=False)
+            assert ids[0, -4:].tolist() == together[sample].tolist()
+    hook.remove()
+    # Newline tokens and what padding hides are no patches of the encoder that enter the LLM.
+    assert rows[0] >= entered if name == "tiny-llava-next" else rows[0] == entered
+    assert rows[0] < inputs(loaded, 0, 1, 2)["pixel_values"].flatten(0, -4).shape[0] * 36
+    lengths = [layer.get_seq_length() for layer in cache.layers]
+    assert lengths[0] == lengths[1] == lengths[2] > lengths[3]
+
+
 def test_what_an_architecture_lacks_is_said_in_a_line() -> None:
     with pytest.raises(Refused, match=r"mustdrop needs a vision encoder with \[CLS\]"):
         zoo.method("mustdrop").check(load("tiny-qwen2.5-vl"))

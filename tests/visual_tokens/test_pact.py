@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import decoder_call, load, picture, visual_places
+from reference import cast, decoder_call, load, picture, visual_places
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -227,12 +227,54 @@ def test_everything_is_undone_and_nothing_left_to_remove_costs_nothing() -> None
         assert torch.equal(loaded.model(**data).logits, before)
 
 
-def test_what_it_cannot_do_is_refused_in_one_line() -> None:
-    with pytest.raises(Refused, match="M-RoPE"):
-        PACT().apply(load("tiny-qwen2.5-vl"))
+@pytest.mark.parametrize("name", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_places_in_a_grid(name: str, dtype: torch.dtype) -> None:
+    """Keys are clustered as the layer turns them; a padded batch equals single samples."""
+    loaded = load(name, dtype)
+    texts = ["<image>\nwhat?", "<image>\nis it a longer question?"]
+
+    def run(*samples: int) -> list[list[int]]:
+        pictures = [picture(sample, 64, 64) for sample in samples]
+        data = loaded.processor(images=pictures, text=[texts[s] for s in samples], return_tensors="pt")
+        with zoo.method("pact", **OPTIONS).apply(loaded) as applied:
+            ids = applied.generate(**cast(data, dtype), max_new_tokens=NEW, do_sample=False)
+            assert 0 < applied.report.kept < applied.report.total
+        return ids[:, -NEW:].tolist()
+
+    together = run(0, 1)
+    if dtype == torch.float32:
+        assert together == [run(0)[0], run(1)[0]]
+
+
+def test_in_a_stack_keys_weigh_what_they_weigh_alone() -> None:
+    """FastV behind PACT, in a padded batch and one by one: the weights go with their tokens."""
     loaded = load("tiny-llava")
+    data = batch(loaded)
+    logits = {}
+    for weighed in (True, False):
+        settings = {f"pact.{name}": value for name, value in OPTIONS.items()} | {"fastv.keep_ratio": 0.5}
+        settings |= {"fastv.layer": 3, "pact.proportional_attention": weighed}
+        with torch.no_grad(), zoo.method("pact+fastv", **settings).apply(loaded) as applied:
+            output = applied(**data, use_cache=True)
+            tokens = applied.generate(**data, max_new_tokens=NEW, do_sample=False)[:, -NEW:]
+            assert [report.method for report in applied.reports] == ["pact", "fastv"]
+            alone = []
+            for sample in range(3):
+                real = data["attention_mask"][sample].bool()
+                single = {name: value[sample : sample + 1] for name, value in data.items()}
+                single |= {name: single[name][:, real] for name in ("input_ids", "attention_mask")}
+                alone.append(applied.generate(**single, max_new_tokens=NEW, do_sample=False)[0, -NEW:])
+        lengths = [layer.get_seq_length() for layer in output.past_key_values.layers]
+        assert lengths[1] > lengths[2] > lengths[3]
+        assert tokens.tolist() == [row.tolist() for row in alone]
+        logits[weighed] = output.logits[:, -1]
+    assert not torch.allclose(logits[True], logits[False], atol=1e-4)
+
+
+def test_flash_kernels_take_no_bias() -> None:
+    loaded = load("tiny-llava")
+    loaded.anatomy.decoder.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(Refused, match="proportional_attention=False"):
-        zoo.method("divprune+pact", **{"pact.layer": LAYER}).apply(loaded)
-    stack = zoo.method("divprune+pact", **{"pact.layer": LAYER, "pact.proportional_attention": False})
-    with stack.apply(loaded) as applied:
-        applied.generate(**batch(loaded), max_new_tokens=2, do_sample=False)
+        PACT().check(loaded)
+    PACT(proportional_attention=False).check(loaded)

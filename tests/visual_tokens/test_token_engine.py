@@ -12,6 +12,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MistralConfig,
     Qwen2Config,
 )
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -39,7 +40,7 @@ def build(dtype: torch.dtype = torch.float32, text: str = "llama", spread: float
         image_size=56,
         patch_size=14,
     )
-    config_class = {"llama": LlamaConfig, "qwen2": Qwen2Config}[text]
+    config_class = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig}[text]
     language = config_class(
         hidden_size=48,
         intermediate_size=96,
@@ -429,6 +430,29 @@ def test_equal_prompts_may_keep_different_numbers(implementation: str, layer: in
         assert together[sample].tolist() == alone[0].tolist()
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+@pytest.mark.parametrize("layers", [(-1,), (2,), (1, 3), (-1, 2)], ids=str)
+def test_attention_is_causal_in_the_order_that_a_stage_makes(
+    layers: tuple[int, ...], positions: str, implementation: str
+) -> None:
+    """Padding brings a mask that was made for the old order; a sample alone has none."""
+    loaded = build()
+    data = inputs(3)
+
+    def turned(view: View) -> Keep:
+        best = view.tokens.float().sum(-1).topk(8 + len(view.text) % 3).indices
+        return Keep(best.sort(descending=True).values.unsqueeze(0))
+
+    stages = [Stage(layers[0], turned), *(Stage(layer, first_by_sum) for layer in layers[1:])]
+    loaded.model.set_attn_implementation(implementation)
+    together = run(loaded, stages, data, positions)
+    loaded.model.set_attn_implementation("sdpa")
+    for sample in range(3):
+        alone = run(loaded, stages, single(data, sample), positions)
+        assert together[sample].tolist() == alone[0].tolist()
+
+
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
 @pytest.mark.parametrize("layer", [-1, 2])
 def test_a_merge_equals_its_transformation_matrix(layer: int, positions: str) -> None:
@@ -489,6 +513,40 @@ def test_several_decoding_positions_at_once_see_the_short_cache() -> None:
         cache.crop(-3)
         together = applied(input_ids=new, past_key_values=cache).logits[0]
     torch.testing.assert_close(together, torch.stack(one_by_one), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", [{"layer": -1}, {"layer": 2}, {"layer": 3, "trims": 1}], ids=str)
+def test_layers_with_a_sliding_window_keep_what_they_need(stage: dict[str, int]) -> None:
+    """The prompt is longer than the window; what leaves is found in the caches all the same, as decoding by hand."""
+    loaded = build(text="mistral")
+    decoder = loaded.anatomy.decoder
+    assert decoder is not None
+    decoder.config.sliding_window = 12
+    data = inputs(3)
+
+    def few(view: View) -> Keep:
+        return Keep(torch.arange(0, len(view.tokens), 4).unsqueeze(0))
+
+    stages = [Stage(reduce=few, **stage)]
+    together = run(loaded, stages, data, "keep")
+    reducer = TokenReducer(loaded.anatomy, stages, "keep", "test")
+    with torch.no_grad():
+        cache = loaded.model(**data, use_cache=True).past_key_values
+    reducer.close()
+    lengths = [layer.get_seq_length() for layer in cache.layers]
+    short = data["input_ids"].shape[1] - PATCHES + PATCHES // 4
+    assert lengths[-1] == short
+    assert lengths[1] == (short if stage["layer"] < 1 or "trims" in stage else data["input_ids"].shape[1])
+    for sample in range(3):
+        assert together[sample].tolist() == run(loaded, stages, single(data, sample), "keep")[0].tolist()
+    everything = [Stage(2, lambda view: Keep(torch.arange(len(view.tokens)).unsqueeze(0)))]
+    dense = loaded.model.generate(**data, max_new_tokens=NEW, do_sample=False)
+    assert run(loaded, everything, data, "keep").tolist() == dense[:, data["input_ids"].shape[1] :].tolist()
+    # A window as wide as everything gives what full attention gives.
+    decoder.config.sliding_window = 64
+    wide = run(loaded, stages, data, "keep")
+    decoder.config.sliding_window = None
+    assert wide.tolist() == run(loaded, stages, data, "keep").tolist()
 
 
 # --- refusals --------------------------------------------------------------------------------------------------

@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import ARCHITECTURES, cast, load, picture, visual_places
+from reference import ARCHITECTURES, cast, decoder_call, load, picture, visual_places
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import zoo
 from zoo.engines.selection import scaled_to_mean
 from zoo.engines.tokens import View
-from zoo.errors import BadInput, Refused
+from zoo.errors import BadInput
 from zoo.methods.visual_tokens.transprune import MODULES, TransPrune, token_transition
 from zoo.models import LoadedModel
 
@@ -83,7 +83,10 @@ def plain_first_cut(loaded: LoadedModel, data: dict[str, Any], sample: int, rati
     query, key = attention.q_proj(hidden).view(shape), attention.k_proj(hidden).view(shape)
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
-    rotary = decoder.module.rotary_emb(hidden, position_ids=torch.arange(len(ids)).unsqueeze(0))
+    positions = decoder_call(loaded, data).get("position_ids")
+    grid = positions is not None and positions.dim() == 3
+    own = positions[-3:, sample, real].unsqueeze(1) if grid else torch.arange(len(ids)).unsqueeze(0)
+    rotary = decoder.module.rotary_emb(hidden, position_ids=own)
     query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *rotary)
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = query @ key.transpose(-1, -2) * attention.scaling
@@ -95,7 +98,15 @@ def plain_first_cut(loaded: LoadedModel, data: dict[str, Any], sample: int, rati
 
 
 @pytest.mark.parametrize(
-    "name", ["tiny-llava", "tiny-llava-next", "tiny-llava-onevision", "tiny-internvl", "tiny-smolvlm"]
+    "name",
+    [
+        "tiny-llava",
+        "tiny-llava-next",
+        "tiny-llava-onevision",
+        "tiny-internvl",
+        "tiny-smolvlm",
+        "tiny-qwen2.5-vl",
+    ],
 )
 def test_the_first_cut_in_a_padded_batch(name: str) -> None:
     loaded = load(name)
@@ -142,10 +153,9 @@ def test_strongly_transformed_tokens_stay() -> None:
 
 def test_ttv_alone_asks_for_no_attention() -> None:
     loaded = load("tiny-qwen2.5-vl")
-    assert TransPrune(**CUTS).stages(loaded.anatomy)[0].observes == (0,)
-    assert TransPrune(**CUTS, transition_weight=1.0).stages(loaded.anatomy)[0].observes == ()
-    with pytest.raises(Refused, match="M-RoPE"):
-        TransPrune(attention_of="next-layer").check(loaded)
+    looking_back = {**CUTS, "attention_of": "last-layer"}
+    assert TransPrune(**looking_back).stages(loaded.anatomy)[0].observes == (0,)
+    assert TransPrune(**looking_back, transition_weight=1.0).stages(loaded.anatomy)[0].observes == ()
     with pytest.raises(BadInput, match="first_layer=3"):
         TransPrune(**CUTS, first_layer=3).stages(loaded.anatomy)
 

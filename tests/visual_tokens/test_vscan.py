@@ -11,7 +11,6 @@ from reference import load, picture, visual_places
 
 import zoo
 from zoo.engines.probes import tap_attention
-from zoo.errors import Refused
 from zoo.methods.visual_tokens.vscan import VScan, best_of_groups, most_similar
 
 OPTIONS: dict[str, Any] = {"keep_ratio": 0.4, "shallow_layer": 0, "window": 3}
@@ -168,11 +167,13 @@ def test_every_crop_has_its_own_budget_and_newlines_stay() -> None:
     assert int(places[-1]) in kept.tolist()  # the newline of the last row
 
 
-def test_grid_positions_are_refused_for_the_second_cut_only() -> None:
-    loaded = load("tiny-qwen2.5-vl")
-    with pytest.raises(Refused, match="inside_ratio=1"):
-        zoo.method("vscan", **OPTIONS).apply(loaded)
+@pytest.mark.parametrize("name", ["tiny-qwen2.5-vl", "tiny-qwen3-vl"])
+def test_both_cuts_work_on_places_in_a_grid(name: str) -> None:
+    loaded = load(name)
     data = loaded.processor(images=[picture(0)], text=["<image>\nwhat?"], return_tensors="pt")
-    with torch.no_grad(), zoo.method("vscan", **OPTIONS, inside_ratio=1).apply(loaded) as applied:
+    with torch.no_grad(), zoo.method("vscan", **OPTIONS).apply(loaded) as applied:
         applied(**data)
-        assert applied.report.kept_ratio < 0.5
+        first, second = applied.kept.values()
+        assert applied.report.facts["position ids"] == "kept"
+    assert 0 < len(second[0]) < len(first[0]) < applied.report.total
+    assert set(second[0].tolist()) < set(first[0].tolist())

@@ -33,7 +33,7 @@ def strongest_received(view: View, layer: int) -> tuple[torch.Tensor, torch.Tens
     """
     few = max(1, min(64, len(view.index) // 4))
     cross, mutual = (
-        sum_of_strongest(view.attention(layer, part)[:, :, view.index] for part in rows.split(few))
+        sum_of_strongest(view.attention(layer, part) for part in rows.split(few))[view.index]
         for rows in (rows_of_question(view.text_index, view.index), view.index)
     )
     return cross, mutual / len(view.index)
@@ -55,7 +55,7 @@ def sum_and_peak(view: View, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     few = max(1, min(64, len(view.index) // 4))
     total = peak = torch.zeros(len(view.index), device=view.index.device)
     for rows in rows_of_question(view.text_index, view.index).split(few):
-        attention = view.attention(layer, rows)[:, :, view.index].mean(0)
+        attention = view.attention(layer, rows).mean(0)[:, view.index]
         total, peak = total + attention.sum(0), torch.maximum(peak, attention.amax(0))
     return total, peak
 

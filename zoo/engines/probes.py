@@ -58,7 +58,7 @@ class Seen:
 
         Args:
             sample: row of the batch.
-            index: query positions ``[R]``.
+            index: query positions ``[R]``, perhaps none.
 
         Returns:
             ``[H, R, Nk]``; each row sums to 1 over the keys it may see.
@@ -66,8 +66,8 @@ class Seen:
         query = self.query[sample, :, index].float()
         key = self.key[sample].float()
         heads, kv_heads = query.shape[0], key.shape[0]
-        grouped = query.view(kv_heads, heads // kv_heads, len(index), -1)
-        scores = (grouped @ key.unsqueeze(1).transpose(-1, -2)).view(heads, len(index), -1) * self.scaling
+        grouped = query.unflatten(0, (kv_heads, heads // kv_heads))
+        scores = (grouped @ key.unsqueeze(1).transpose(-1, -2)).flatten(0, 1) * self.scaling
         return self._masked(scores, sample, index).softmax(-1)
 
     def received(self, sample: int, index: torch.Tensor | None = None) -> torch.Tensor:
@@ -107,7 +107,9 @@ class Seen:
         return scores
 
 
-Tap = Callable[[Seen], None]
+Tap = Callable[[Seen], torch.Tensor | None]
+"""Looks at an attention call. What it returns, ``[B, Nq, H, d]``, stands for the output of the kernel, which then does not
+run; ``None`` = the kernel runs."""
 _taps: weakref.WeakKeyDictionary[nn.Module, list[Tap]] = weakref.WeakKeyDictionary()
 
 
@@ -135,8 +137,10 @@ def _observing(base: str) -> str:
                 bool(getattr(module, "is_causal", True) if causal is None else causal),
                 stretches=kwargs.get("cu_seq_lens_q"),
             )
-            for tap in tuple(_taps.get(module, ())):
-                tap(seen)
+            own = [tap(seen) for tap in tuple(_taps.get(module, ()))]
+            for output in own:
+                if output is not None:
+                    return output, None
             kernel: Callable[..., Any]
             if base == "eager":
                 kernel = sys.modules[type(module).__module__].eager_attention_forward

@@ -1,7 +1,8 @@
 """Attention that a later decoder layer would pay, found before the decoder runs.
 
 A stage before the LLM may let the first decoder layers read the prompt, or a part of it, to learn what matters to the
-question. They run on the side, around the model's own weights, at positions counted along what they are given.
+question. They run on the side, around the model's own weights, at positions counted along what they are given
+(places in image grids stay what they are).
 """
 
 from __future__ import annotations
@@ -33,20 +34,24 @@ def read_ahead(
         ``[H, N]`` float32; ``-inf`` for tokens that were not read.
     """
     own = visual.nonzero().squeeze(-1)
-    order = torch.cat((view.index[own], view.text_index)).argsort()
+    places, order = torch.cat((view.index[own], view.text_index)).sort()
     hidden = torch.cat((view.tokens[own], view.text))[order].unsqueeze(0)
     positions = torch.arange(len(order), device=hidden.device)
-    rotary = None if decoder.rotary is None else decoder.rotary(hidden, position_ids=positions.unsqueeze(0))
+    if view.positions.dim() > 1:
+        positions = view.positions[:, places]
+    rotary = None if decoder.rotary is None else decoder.rotary(hidden, position_ids=positions.unsqueeze(-2))
     mask = None
     if decoder.config._attn_implementation == "eager":  # other kernels know the causal case by themselves
         lowest = torch.finfo(hidden.dtype).min
         mask = hidden.new_full((len(order), len(order)), lowest).triu(1)[None, None]
-    for layer in reader:
+    for number, layer in enumerate(reader):
         hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+        if number < len(view.deep):
+            hidden = hidden + view.deep[number][places]
     scoring = decoder.layers[scoring_layer]
     where = order.argsort()[: len(own)]
-    query = rotated(decoder, upcoming_queries(scoring, hidden[0, -1:]), positions[-1:]).float()
-    key = rotated(decoder, upcoming_keys(scoring, hidden[0, where]), positions[where]).float()
+    query = rotated(decoder, upcoming_queries(scoring, hidden[0, -1:]), positions[..., -1:]).float()
+    key = rotated(decoder, upcoming_keys(scoring, hidden[0, where]), positions[..., where]).float()
     key = key.repeat_interleave(len(query) // len(key), dim=0)
     logits = query.new_full((len(query), len(visual)), -float("inf"))
     logits[:, own] = (query @ key.transpose(-1, -2))[:, 0] * scoring.attention.scaling

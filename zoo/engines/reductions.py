@@ -72,12 +72,15 @@ class Merge:
         return total.scatter_add(1, slot, self.weight)[:, :-1]
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """``x [B, N, D]`` -> ``[B, K, D]``, in the type of ``x``."""
+        """``x [B, N, D]`` -> ``[B, K, D]``, in the type of ``x``; half precision is summed in float32."""
         slot = torch.where(self.assignment < 0, self.length, self.assignment)
-        weighted = x * self.weight.to(x.dtype).unsqueeze(-1)
-        out = x.new_zeros(x.shape[0], self.length + 1, x.shape[2])
+        kind = torch.promote_types(x.dtype, torch.float32)
+        weighted = x * self.weight.to(kind).unsqueeze(-1)
+        out = weighted.new_zeros(x.shape[0], self.length + 1, x.shape[2])
         out = out.scatter_add(1, _expand(slot, x), weighted)[:, :-1]
-        return out / self.sizes().to(x.dtype).unsqueeze(-1) if self.normalise else out
+        if self.normalise:
+            out = out / self.sizes().to(kind).unsqueeze(-1)
+        return out.to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,67 @@ class Transform:
 
 
 @dataclass(frozen=True)
+class Blend(Transform):
+    """Every token is shared out among the outputs, which are means: a :class:`Merge` of many to many.
+
+    ``y_k = sum_n matrix_kn w_n x_n / sum_n matrix_kn w_n``: rows of non-negative shares never leave the convex hull of
+    the tokens.
+
+    Attributes:
+        matrix: share of each token that goes to each output, ``[B, K, N]``; columns sum to at most 1.
+        weight: ``[B, N]``, e.g. token sizes.
+    """
+
+    weight: torch.Tensor
+
+    def sizes(self) -> torch.Tensor:
+        """Summed weight of each output token, ``[B, K]``."""
+        return (self.matrix @ self.weight.unsqueeze(-1)).squeeze(-1)
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [B, N, D]`` -> ``[B, K, D]``, in the type of ``x``."""
+        total = self.sizes().clamp(min=torch.finfo(self.matrix.dtype).tiny)
+        return (self.matrix * self.weight.unsqueeze(1) / total.unsqueeze(-1)).to(x.dtype) @ x
+
+
+@dataclass(frozen=True)
+class Absorb:
+    """Some tokens stay and take in shares of those that leave: ``y_k = x_k + sum_r share_kr x_r``.
+
+    A :class:`Transform` whose work grows with the number of tokens that leave, not with that of all.
+
+    Attributes:
+        anchor: positions of the tokens that stay, in the order of the output, ``[B, K]``.
+        moved: positions of those that leave, ``[B, R]``.
+        share: how much of each goes into each that stays, ``[B, K, R]``.
+        tokens: length before, ``N = K + R``.
+    """
+
+    anchor: torch.Tensor
+    moved: torch.Tensor
+    share: torch.Tensor
+    tokens: int
+
+    @property
+    def length(self) -> int:
+        """``K``."""
+        return self.anchor.shape[1]
+
+    @cached_property
+    def matrix(self) -> torch.Tensor:
+        """The same as one linear map, ``[B, K, N]``."""
+        empty = self.share.new_zeros(*self.anchor.shape, self.tokens)
+        itself = empty.scatter(2, self.anchor.unsqueeze(-1), 1.0)
+        return itself.scatter(2, self.moved.unsqueeze(1).expand_as(self.share), self.share)
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [B, N, D]`` -> ``[B, K, D]``, in the type of ``x``; half precision is summed in float32."""
+        kind = torch.promote_types(x.dtype, torch.float32)
+        moved = x.gather(1, _expand(self.moved, x)).to(kind)
+        return (x.gather(1, _expand(self.anchor, x)) + self.share.to(kind) @ moved).to(x.dtype)
+
+
+@dataclass(frozen=True)
 class Replace(Transform):
     """Tokens that the method has made itself, where no linear map of the given ones is the same.
 
@@ -187,4 +251,4 @@ class Replace(Transform):
         return self.values.to(x.dtype)
 
 
-Reduction = Keep | Merge | Join | Transform
+Reduction = Keep | Merge | Join | Transform | Absorb

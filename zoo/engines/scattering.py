@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from zoo.engines.reductions import Keep, Replace
-from zoo.engines.tokens import TokenReducer, _gather_last, _Pass, _Segment
+from zoo.engines.segments import Segment, causal_mask, gather_last, positions_of, visible
+from zoo.engines.tokens import Pass, TokenReducer
 from zoo.engines.views import Stage, View
 
 
@@ -33,11 +34,11 @@ class ScatterReducer(TokenReducer):
     _parked: list[torch.Tensor]
     """Visual features still to be added layer by layer (DeepStack), at full length, of the running input."""
 
-    def _take_deep_features(self, current: _Pass, kwargs: dict[str, Any], visual: torch.Tensor) -> None:
+    def _take_deep_features(self, current: Pass, kwargs: dict[str, Any], visual: torch.Tensor) -> None:
         super()._take_deep_features(current, kwargs, visual)
         self._parked = list(current.deep)
 
-    def _shorten(self, current: _Pass, stage: Stage, hidden: torch.Tensor) -> torch.Tensor:
+    def _shorten(self, current: Pass, stage: Stage, hidden: torch.Tensor) -> torch.Tensor:
         if not isinstance(stage, Scatter):
             return super()._shorten(current, stage, hidden)
         before, whole = current.segments[-1], current.segments[0]
@@ -65,7 +66,7 @@ class ScatterReducer(TokenReducer):
         current.deep = parked
         return full
 
-    def _before_return(self, current: _Pass, stage: Stage, hidden: torch.Tensor, sample: int) -> View:
+    def _before_return(self, current: Pass, stage: Stage, hidden: torch.Tensor, sample: int) -> View:
         """What is left of one sample, without anything observed."""
         before, whole = current.segments[-1], current.segments[0]
         places = before.visual[sample].nonzero().squeeze(-1)
@@ -87,8 +88,8 @@ class ScatterReducer(TokenReducer):
 
     def _cut(
         self,
-        current: _Pass,
-        segment: _Segment,
+        current: Pass,
+        segment: Segment,
         keys: int,
         hidden: torch.Tensor,
         mask: torch.Tensor | None,
@@ -99,39 +100,34 @@ class ScatterReducer(TokenReducer):
         if segment.first < back:
             return super()._cut(current, segment, keys, hidden, mask, rotary, positions)
         result: dict[str, Any] = {"attention_mask": self._full_mask(segment, keys, hidden, mask)}
-        if not current.prefill:  # new tokens stand where the decoder says
+        if current.prefill:
+            given = current.given_positions
+            own = in_text = positions_of(segment, given)
+            if given is not None and own.dim() == 3:
+                # M-RoPE models have the place in the text in front.
+                in_text = gather_last(given, segment.columns)[0]
+        elif segment.inside and positions is not None:
+            own = in_text = positions - segment.shift.view(-1, 1)
+        else:  # new tokens stand where the decoder says
             return {**result, "position_ids": positions, "position_embeddings": rotary}
-        given = current.given_positions
-        if given is None:
-            given = torch.arange(current.length, device=hidden.device).unsqueeze(0)
-        own = _gather_last(given, segment.columns)
-        # M-RoPE models may put the place in the text as a fourth row in front of time, row and column.
         if rotary is not None:
             assert self.decoder.rotary is not None
-            rotary = self.decoder.rotary(hidden, position_ids=own[-3:] if own.dim() == 3 else own)
-        if positions is not None:
-            positions = own[0] if own.dim() == 3 else own
+            rotary = self.decoder.rotary(hidden, position_ids=own)
+        positions = None if positions is None else in_text
         return {**result, "position_ids": positions, "position_embeddings": rotary}
 
     def _full_mask(
-        self, segment: _Segment, keys: int, hidden: torch.Tensor, mask: torch.Tensor | None
+        self, segment: Segment, keys: int, hidden: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor | None:
         """Causal mask of ``segment`` and the new tokens, in the form that ``mask``, made for other keys, has."""
         if mask is None:
             return self._padding_mask(segment, keys, hidden)
-        fresh = keys - segment.columns.shape[1]
-        valid = torch.cat((segment.valid, segment.valid.new_ones(len(segment.valid), fresh)), dim=1)
         if mask.dim() == 2:
-            return valid.to(mask.dtype)
-        queries = hidden.shape[1]
-        causal = torch.ones(queries, keys, dtype=torch.bool, device=hidden.device).tril(keys - queries)
-        allowed = causal & valid[:, None, None, :]
-        if mask.dtype == torch.bool:
-            return allowed
-        return torch.zeros_like(allowed, dtype=mask.dtype).masked_fill(~allowed, torch.finfo(mask.dtype).min)
+            return visible(segment, keys).to(mask.dtype)
+        return causal_mask(segment, hidden.shape[1], keys, mask.dtype)
 
 
-def _after_return(view: View, whole: _Segment, sample: int, values: torch.Tensor) -> tuple[View, Keep]:
+def _after_return(view: View, whole: Segment, sample: int, values: torch.Tensor) -> tuple[View, Keep]:
     """What stands in the sequence now, as a stage that keeps all of it."""
     places = whole.visual[sample].nonzero().squeeze(-1)
     everything = torch.arange(view.total, device=places.device)

@@ -5,24 +5,45 @@ of one sample. This engine does the rest with forward hooks: it cuts ``hidden_st
 every later layer and its KV cache are really shorter, pads samples that keep different numbers, and on decode steps
 cuts the prefix columns of the mask to what each layer has in its cache. It works under plain ``model.generate``.
 
-All state of an input lives in a ``_Pass`` that is keyed by the input's cache, so two generations never mix, and
+All state of an input lives in a ``Pass`` that is keyed by the input's cache, so two generations never mix, and
 nothing stays on the modules after ``close``.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
+from zoo.engines.blocks import BlockStage
 from zoo.engines.images import Encoded, Watcher, pictures_of
 from zoo.engines.probes import Seen, tap_attention
-from zoo.engines.reductions import Keep, Reduction
+from zoo.engines.reductions import Reduction
+from zoo.engines.segments import (
+    Row,
+    Segment,
+    arrange,
+    assemble,
+    causal_mask,
+    cut_2d,
+    cut_cache,
+    cut_columns,
+    gather_last,
+    gather_rows,
+    locate,
+    positions_of,
+    reduced,
+    trimmed,
+    visible,
+    weighed,
+)
+from zoo.engines.short_encoder import ShortEncoder
 from zoo.engines.views import HiddenPlace, Picture, Positions, Select, Stage, View
 from zoo.errors import BadInput, Refused
 from zoo.models.anatomy import Anatomy, Decoder
@@ -31,36 +52,12 @@ __all__ = ["HiddenPlace", "Positions", "Select", "Stage", "TokenReducer", "View"
 
 
 @dataclass
-class _Segment:
-    """The sequence as layers from ``first`` on see it.
-
-    Attributes:
-        columns: original place of each token, ``[B, L]``.
-        valid: real tokens (False = padding), ``[B, L]``.
-        visual: visual tokens, ``[B, L]``.
-        shift: how far the positions of later tokens have moved, ``[B]``.
-        renumbered: positions of its tokens ``[B, L]``, when a stage has renumbered them; ``None`` = the original ones.
-    """
-
-    first: int
-    columns: torch.Tensor
-    valid: torch.Tensor
-    visual: torch.Tensor
-    shift: torch.Tensor
-    renumbered: torch.Tensor | None = None
-    inside: bool = False
-    """A stage inside the decoder renumbered: what the decoder made for all its layers is wrong here."""
-    step: dict[Any, dict[str, Any]] = field(default_factory=dict)
-    """Arguments of the running forward pass, already cut, by the identity of the originals."""
-
-
-@dataclass
-class _Pass:
+class Pass:
     """One input, from its prefill to its last token."""
 
     length: int
     valid: torch.Tensor
-    segments: list[_Segment]
+    segments: list[Segment]
     given_positions: torch.Tensor | None = None
     """Position ids that the decoder was called with."""
     grid_positions: bool = False
@@ -83,9 +80,21 @@ class TokenReducer:
         stages: in order of depth.
         positions: ``keep`` the survivors' position ids (gaps stay) or ``renumber`` them.
         name: for error messages.
+        encoder_stages: where patches leave inside the vision encoder; then a stage before the LLM must take away the
+            tokens of those that have left (see ``View.encoder_slots``).
+
+    Raises:
+        Refused: the model, its encoder or its attention kernel cannot do what the stages ask for.
     """
 
-    def __init__(self, anatomy: Anatomy, stages: Iterable[Stage], positions: Positions, name: str) -> None:
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        stages: Iterable[Stage],
+        positions: Positions,
+        name: str,
+        encoder_stages: Sequence[BlockStage] = (),
+    ) -> None:
         if anatomy.vlm is None or anatomy.decoder is None or anatomy.image_token_id is None:
             raise Refused(f"{name} needs a vision-language model; this model is {anatomy.description}")
         self.name = name
@@ -98,6 +107,7 @@ class TokenReducer:
             for stage in sorted(stages, key=lambda stage: stage.layer)
         ]
         self._check_depth()
+        self._check_kernel()
         self.visual_per_layer: torch.Tensor | None = None
         """Visual tokens seen by each decoder layer, ``[B, layers]``, of the latest input."""
         self.visual_total: torch.Tensor | None = None
@@ -112,12 +122,17 @@ class TokenReducer:
         """Visual tokens left in each layer's cache, ``[B, layers]``, of the latest input; ``None`` = those it saw."""
         self.watch: Callable[[View, Reduction], None] | None = None
         """Called with what each stage saw of a sample and what it decided; for those who draw it."""
+        self.encoder: ShortEncoder | None = None
+        """What shortens the vision encoder, if something does."""
         self._watcher: Watcher | None = None
         self._ids: torch.Tensor | None = None
-        self._passes: weakref.WeakKeyDictionary[Any, _Pass] = weakref.WeakKeyDictionary()
-        self._current: _Pass | None = None
+        self._passes: weakref.WeakKeyDictionary[Any, Pass] = weakref.WeakKeyDictionary()
+        self._current: Pass | None = None
         self._undo: list[Callable[[], None]] = []
         try:
+            if encoder_stages:
+                self.encoder = ShortEncoder(anatomy, encoder_stages, name)
+                self._undo.append(self.encoder.close)
             self._install(anatomy.vlm)
         except BaseException:
             self.close()
@@ -145,6 +160,16 @@ class TokenReducer:
                     )
             floor = stage.layer
 
+    def _check_kernel(self) -> None:
+        kernel = str(self.decoder.config._attn_implementation)
+        if any(stage.weigh for stage in self.stages) and not any(
+            name in kernel for name in ("sdpa", "eager")
+        ):
+            raise Refused(
+                f"{self.name} adds a bias to attention logits, which the '{kernel}' kernel cannot take: load the model "
+                "with attn_implementation='sdpa', or turn the bias off"
+            )
+
     # --- hooks ------------------------------------------------------------------------------------------------
 
     def _install(self, vlm: torch.nn.Module) -> None:
@@ -159,10 +184,11 @@ class TokenReducer:
         inner = self.decoder.module
         keep(inner.register_forward_pre_hook(self._on_decoder, with_kwargs=True))
         keep(inner.register_forward_hook(self._after_decoder, with_kwargs=True, always_call=True))
-        inside = [stage.layer for stage in self.stages if stage.layer >= 0]
-        inside += [stage.trims for stage in self.stages if stage.trims is not None]
+        # Layers whose arguments differ from those that the decoder makes for all of them.
+        own = [stage.layer for stage in self.stages if stage.layer >= 0 or stage.weigh]
+        own += [stage.trims for stage in self.stages if stage.trims is not None]
         for number, layer in enumerate(self.decoder.layers):
-            if inside and number >= min(inside):
+            if own and number >= min(own):
                 keep(layer.module.register_forward_pre_hook(self._on_layer(number), with_kwargs=True))
             if self.stages:
                 keep(layer.module.register_forward_hook(self._after_layer(number)))
@@ -229,6 +255,8 @@ class TokenReducer:
         if cache is None or cache.get_seq_length() == 0:
             self._current = self._begin(kwargs)
             if cache is not None:
+                if self.stages:
+                    _hold_whole(cache)
                 self._passes[cache] = self._current
         else:
             known = self._passes.get(cache)
@@ -271,7 +299,7 @@ class TokenReducer:
             if stage is not None and current.prefill:
                 hidden = self._shorten(current, stage, hidden)
             segment = current.segments[-1] if current.prefill else _segment_of(current, number)
-            if segment.first >= 0:
+            if segment.first >= 0 or segment.weight is not None:
                 self._cut_arguments(current, segment, number, hidden, kwargs)
             if args:
                 return (hidden, *args[1:]), kwargs
@@ -292,7 +320,7 @@ class TokenReducer:
 
     # --- prefill ----------------------------------------------------------------------------------------------
 
-    def _begin(self, kwargs: dict[str, Any]) -> _Pass:
+    def _begin(self, kwargs: dict[str, Any]) -> Pass:
         embeds = kwargs.get("inputs_embeds")
         if self._ids is None or embeds is None:
             raise BadInput(
@@ -312,8 +340,8 @@ class TokenReducer:
             )
         valid = torch.ones_like(visual) if mask is None else mask[:, :length].bool()
         everything = torch.arange(length, device=embeds.device).expand(batch, -1)
-        start = _Segment(-1, everything, valid, visual & valid, valid.new_zeros(batch, dtype=torch.long))
-        current = _Pass(length, valid, [start], memory=[{} for _ in range(batch)])
+        start = Segment(-1, everything, valid, visual & valid, valid.new_zeros(batch, dtype=torch.long))
+        current = Pass(length, valid, [start], memory=[{} for _ in range(batch)])
         positions = kwargs.get("position_ids")
         current.given_positions = positions
         current.grid_positions = positions is not None and positions.dim() == 3
@@ -337,7 +365,7 @@ class TokenReducer:
                 self._cut_model_inputs(current, kwargs)
         return current
 
-    def _take_deep_features(self, current: _Pass, kwargs: dict[str, Any], visual: torch.Tensor) -> None:
+    def _take_deep_features(self, current: Pass, kwargs: dict[str, Any], visual: torch.Tensor) -> None:
         """DeepStack models add visual features after their first layers, at full length: do it on the short one."""
         features = kwargs.get("deepstack_visual_embeds")
         if features is None or not self.stages:
@@ -349,17 +377,19 @@ class TokenReducer:
             current.deep.append(dense)
         kwargs["deepstack_visual_embeds"] = kwargs["visual_pos_masks"] = None
 
-    def _shorten(self, current: _Pass, stage: Stage, hidden: torch.Tensor) -> torch.Tensor:
+    def _shorten(self, current: Pass, stage: Stage, hidden: torch.Tensor) -> torch.Tensor:
         """Run one stage: ask the method, build the shorter sequence, remember what went."""
         before = current.segments[-1]
         assert self.visual_total is not None
         assert self.visual_per_layer is not None
-        rows: list[_Row] = []
+        rows: list[Row] = []
+        positions = positions_of(before, current.given_positions)
+        slots = None if self.encoder is None else self.encoder.slots
         for sample in range(hidden.shape[0]):
             places = before.visual[sample].nonzero().squeeze(-1)
             others = (before.valid[sample] & ~before.visual[sample]).nonzero().squeeze(-1)
             if not len(places):
-                rows.append(_Row(others, torch.zeros_like(others, dtype=torch.bool), None, places))
+                rows.append(Row(others, torch.zeros_like(others, dtype=torch.bool), None, None, places))
                 continue
             original = before.columns[sample, places]
             view = View(
@@ -373,6 +403,10 @@ class TokenReducer:
                 layer=stage.layer,
                 seed=stage.seed,
                 memory=current.memory[sample],
+                deep=tuple(features[sample] for features in current.deep),
+                weight=None if before.weight is None else before.weight[sample],
+                _positions=positions[..., sample, :],
+                _slots=slots,
                 _sample=sample,
                 _seen=current.seen,
                 _hidden=current.hidden,
@@ -381,7 +415,7 @@ class TokenReducer:
             reduction = stage.reduce(view)
             if self.watch is not None:
                 self.watch(view, reduction)
-            rows.append(_arrange(reduction, view))
+            rows.append(arrange(reduction, view))
         self.arriving[stage.layer] = before.visual.sum(1).tolist()
         self.kept[stage.layer] = [before.columns[b, row.place[row.visual]] for b, row in enumerate(rows)]
         counts = torch.tensor([len(kept) for kept in self.kept[stage.layer]], device=hidden.device)
@@ -400,18 +434,19 @@ class TokenReducer:
             return hidden
         renumber = (stage.positions or self.positions) == "renumber" and not current.grid_positions
         self.renumbered |= renumber
-        segment, index = _assemble(stage.layer, before, current, rows, renumber)
+        tokens = current.valid.sum(1)
+        segment, index = assemble(stage.layer, before, tokens, rows, renumber=renumber, weigh=stage.weigh)
         current.segments.append(segment)
-        current.deep = [_reduced(features, rows, index, segment) for features in current.deep]
-        return _reduced(hidden, rows, index, segment)
+        current.deep = [reduced(features, rows, index, segment) for features in current.deep]
+        return reduced(hidden, rows, index, segment)
 
-    def _trim(self, current: _Pass, cache: Any) -> None:
+    def _trim(self, current: Pass, cache: Any) -> None:
         """The prompt is read: cut the caches of layers in front of a stage that wants it to what the stage has left."""
         trimming = [stage for stage in self.stages if stage.trims is not None and stage.trims < stage.layer]
         if not trimming or len(current.segments) == 1:
             return
         segments = [whole := current.segments[0]]
-        made: tuple[_Segment, _Segment] | None = None
+        made: tuple[Segment, Segment] | None = None
         left = []
         for number in range(len(self.decoder.layers)):
             own = target = _segment_of(current, number)
@@ -419,16 +454,16 @@ class TokenReducer:
                 if stage.trims is not None and stage.trims <= number < stage.layer:
                     target = _segment_of(current, stage.layer)
             if target is not own:
-                _cut_cache(cache.layers[number], _locate(target.columns, own.columns))
+                cut_cache(cache.layers[number], locate(target.columns, own.columns))
             if made is None or made[0] is not own or made[1] is not target:
                 made = (own, target)
                 if target is not whole:
-                    segments.append(_trimmed(own, target, number or -1))
+                    segments.append(trimmed(own, target, number or -1))
             left.append(target.visual.sum(1))
         current.segments = segments
         self.cached_per_layer = torch.stack(left, dim=1)
 
-    def _cut_model_inputs(self, current: _Pass, kwargs: dict[str, Any]) -> None:
+    def _cut_model_inputs(self, current: Pass, kwargs: dict[str, Any]) -> None:
         """Mask and positions of the whole decoder, after a stage before the LLM."""
         segment = current.segments[-1]
         if segment is current.segments[0]:
@@ -437,31 +472,27 @@ class TokenReducer:
         given = kwargs.get("attention_mask")
         dtype = torch.long if given is None else given.dtype
         kwargs["attention_mask"] = segment.valid.to(dtype)
-        if segment.renumbered is not None:
-            kwargs["position_ids"] = segment.renumbered
-            return
-        positions = current.given_positions
-        if positions is None:
-            positions = torch.arange(current.length, device=segment.columns.device).unsqueeze(0)
-        kwargs["position_ids"] = _gather_last(positions, segment.columns)
+        given = current.given_positions
+        if segment.renumbered is not None or given is None:
+            kwargs["position_ids"] = positions_of(segment, None)
+        else:  # M-RoPE: with the place in the text, where there is one
+            kwargs["position_ids"] = gather_last(given, segment.columns)
 
     # --- decode -----------------------------------------------------------------------------------------------
 
-    def _continue(self, current: _Pass, cache: Any, kwargs: dict[str, Any]) -> None:
+    def _continue(self, current: Pass, cache: Any, kwargs: dict[str, Any]) -> None:
         """A later step: cut the prefix of the mask to what the first layers hold, and set the positions."""
         segment = _segment_of(current, -1)
         if segment is current.segments[0]:
             return
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 2:
-            kwargs["attention_mask"] = _cut_2d(mask, segment, current.length)
+            kwargs["attention_mask"] = cut_2d(mask, segment, current.length)
         elif mask is not None:
-            kwargs["attention_mask"] = _cut_columns(mask, segment.columns, segment.valid, current.length)
+            kwargs["attention_mask"] = cut_columns(mask, segment.columns, segment.valid, current.length)
         elif not bool(segment.valid.all()):
             fresh = kwargs["inputs_embeds"].shape[1] + cache.get_seq_length() - segment.columns.shape[1]
-            kwargs["attention_mask"] = torch.cat(
-                (segment.valid, segment.valid.new_ones(len(segment.valid), fresh)), dim=1
-            ).long()
+            kwargs["attention_mask"] = visible(segment, segment.valid.shape[1] + fresh).long()
         positions = kwargs.get("position_ids")
         if segment.renumbered is not None:
             if positions is not None:
@@ -474,7 +505,7 @@ class TokenReducer:
             ).unsqueeze(0)
 
     def _cut_arguments(
-        self, current: _Pass, segment: _Segment, layer: int, hidden: torch.Tensor, kwargs: dict[str, Any]
+        self, current: Pass, segment: Segment, layer: int, hidden: torch.Tensor, kwargs: dict[str, Any]
     ) -> None:
         """Arguments that the decoder made once for all its layers, cut for the layers of ``segment``."""
         mask = kwargs.get("attention_mask")
@@ -485,15 +516,21 @@ class TokenReducer:
             cache = kwargs.get("past_key_values")
             # All layers of a segment hold the same number of keys.
             keys = hidden.shape[1] + (0 if cache is None else cache.get_seq_length(layer))
-            ready = segment.step[key] = self._cut(
-                current, segment, keys, hidden, mask, rotary, kwargs.get("position_ids")
-            )
+            ready = {"attention_mask": mask}
+            if segment.first >= 0:
+                ready = self._cut(current, segment, keys, hidden, mask, rotary, kwargs.get("position_ids"))
+            if segment.weight is not None:
+                short = ready["attention_mask"]
+                if short is None:
+                    short = causal_mask(segment, hidden.shape[1], keys)
+                ready["attention_mask"] = weighed(segment, short, hidden.dtype)
+            segment.step[key] = ready
         kwargs.update({name: value for name, value in ready.items() if name in kwargs})
 
     def _cut(
         self,
-        current: _Pass,
-        segment: _Segment,
+        current: Pass,
+        segment: Segment,
         keys: int,
         hidden: torch.Tensor,
         mask: torch.Tensor | None,
@@ -502,22 +539,24 @@ class TokenReducer:
     ) -> dict[str, Any]:
         outer = _segment_of(current, -1)
         # Places of the segment's tokens among the tokens that the decoder's own arguments speak of.
-        local = _locate(segment.columns, outer.columns)
+        local = locate(segment.columns, outer.columns)
         if mask is None:
             mask = self._padding_mask(segment, keys, hidden)
         elif mask.dim() == 2:
-            mask = _cut_2d(mask, segment, outer.columns.shape[1], local)
+            mask = cut_2d(mask, segment, outer.columns.shape[1], local)
+        elif current.prefill and not segment.ordered:
+            mask = causal_mask(segment, hidden.shape[1], keys, mask.dtype)
         else:
             if current.prefill:
                 rows = local.unsqueeze(1).unsqueeze(-1).expand(-1, mask.shape[1], -1, mask.shape[3])
                 mask = mask.expand(len(local), -1, -1, -1).gather(2, rows)
-            mask = _cut_columns(mask, local, segment.valid, outer.columns.shape[1])
+            mask = cut_columns(mask, local, segment.valid, outer.columns.shape[1])
         result: dict[str, Any] = {"attention_mask": mask}
         if current.prefill:
-            positions = None if positions is None else _gather_last(positions, local)
+            positions = None if positions is None else gather_last(positions, local)
             if rotary is not None:
                 cos, sin = rotary
-                rotary = (_gather_rows(cos, local), _gather_rows(sin, local))
+                rotary = (gather_rows(cos, local), gather_rows(sin, local))
         if segment.inside and positions is not None and rotary is not None:
             later = positions - (segment.shift - outer.shift).view(-1, 1)
             positions = segment.renumbered if current.prefill else later
@@ -525,104 +564,15 @@ class TokenReducer:
             rotary = self.decoder.rotary(hidden, position_ids=positions)
         return {**result, "position_ids": positions, "position_embeddings": rotary}
 
-    def _padding_mask(self, segment: _Segment, keys: int, hidden: torch.Tensor) -> torch.Tensor | None:
+    def _padding_mask(self, segment: Segment, keys: int, hidden: torch.Tensor) -> torch.Tensor | None:
         """``None`` was right for the full sequence; samples that keep different numbers need a mask."""
         if bool(segment.valid.all()):
             return None
-        fresh = keys - segment.columns.shape[1]
-        valid = torch.cat((segment.valid, segment.valid.new_ones(len(segment.valid), fresh)), dim=1)
         implementation = self.decoder.config._attn_implementation
         if "flash" in implementation:
-            return valid.long()
-        queries = hidden.shape[1]
-        causal = torch.ones(queries, keys, dtype=torch.bool, device=hidden.device).tril(keys - queries)
-        allowed = causal & valid[:, None, None, :]
-        if "eager" not in implementation:
-            return allowed
-        return torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill(
-            ~allowed, torch.finfo(hidden.dtype).min
-        )
-
-
-# --- arranging a shorter sequence ---------------------------------------------------------------------------------
-
-
-@dataclass
-class _Row:
-    """The new sequence of one sample: for each token the current place it takes, and whether it is visual."""
-
-    place: torch.Tensor
-    visual: torch.Tensor
-    combine: Callable[[torch.Tensor], torch.Tensor] | None
-    """Old values of the visual tokens ``[N, D]`` to new ones ``[K, D]``, in sequence order; ``None`` = unchanged."""
-    before: torch.Tensor
-    """Places of the visual tokens before, ``[N]``."""
-
-
-def _arrange(reduction: Reduction, view: View) -> _Row:
-    """Order of the surviving tokens: text stays in place, visual tokens keep the reduction's order in their block."""
-    if reduction.anchor.shape[0] != 1:
-        raise ValueError("a stage reduces one sample at a time: the reduction must have a batch of one")
-    anchor = view.index[reduction.anchor[0]]
-    # A block is a run of neighbouring visual tokens; all its survivors sort to where the block began.
-    breaks = torch.ones_like(view.index)
-    breaks[1:] = (view.index[1:] - view.index[:-1] != 1).long()
-    starts = view.index[breaks.bool()][breaks.cumsum(0) - 1]
-    place = torch.cat((anchor, view.text_index))
-    order = torch.cat((starts[reduction.anchor[0]], view.text_index)).argsort(stable=True)
-    visual = order < len(anchor)
-    if isinstance(reduction, Keep):
-        return _Row(place[order], visual, None, view.index)
-    chosen = order[visual]
-    return _Row(place[order], visual, lambda x: reduction.apply(x.unsqueeze(0))[0][chosen], view.index)
-
-
-def _assemble(
-    first: int, before: _Segment, current: _Pass, rows: list[_Row], renumber: bool
-) -> tuple[_Segment, torch.Tensor]:
-    """Left-pad the rows to one length; also the current place of each token ``[B, L]``."""
-    device = before.columns.device
-    length = max(len(row.place) for row in rows)
-    index = torch.zeros(len(rows), length, dtype=torch.long, device=device)
-    valid = torch.zeros(len(rows), length, dtype=torch.bool, device=device)
-    visual = torch.zeros_like(valid)
-    for sample, row in enumerate(rows):
-        pad = length - len(row.place)
-        index[sample, pad:] = row.place
-        valid[sample, pad:] = True
-        visual[sample, pad:] = row.visual
-    columns = before.columns.gather(1, index)
-    if renumber:
-        shift = current.valid.sum(1) - valid.sum(1)
-        positions = (valid.long().cumsum(1) - 1).clamp(min=0)
-        return _Segment(first, columns, valid, visual, shift, positions, first >= 0), index
-    earlier = None if before.renumbered is None else before.renumbered.gather(1, index)
-    return _Segment(first, columns, valid, visual, before.shift, earlier, before.inside), index
-
-
-def _trimmed(own: _Segment, target: _Segment, first: int) -> _Segment:
-    """The tokens of ``target``, at the positions that they have in ``own``, for layers from ``first`` on."""
-    positions = own.renumbered
-    if positions is not None:
-        positions = positions.gather(1, _locate(target.columns, own.columns))
-    return replace(target, first=first, shift=own.shift, renumbered=positions, inside=own.inside, step={})
-
-
-def _cut_cache(layer: Any, index: torch.Tensor) -> None:
-    """Keep the places ``index [B, L]`` of one layer's keys and values, ``[B, H_kv, N, d]``."""
-    for name in ("keys", "values"):
-        full = getattr(layer, name)
-        places = index[:, None, :, None].expand(-1, full.shape[1], -1, full.shape[3])
-        setattr(layer, name, full.gather(2, places))
-
-
-def _reduced(x: torch.Tensor, rows: list[_Row], index: torch.Tensor, segment: _Segment) -> torch.Tensor:
-    """``x [B, N, D]`` on the shorter sequence, ``[B, L, D]``."""
-    short = _gather_rows(x, index)
-    for sample, row in enumerate(rows):
-        if row.combine is not None:
-            short[sample, segment.visual[sample]] = row.combine(x[sample, row.before]).to(x.dtype)
-    return short
+            return visible(segment, keys).long()
+        dtype = hidden.dtype if "eager" in implementation else torch.bool
+        return causal_mask(segment, hidden.shape[1], keys, dtype)
 
 
 def _of_sample(pictures: Callable[[], list[list[Picture]]], sample: int) -> list[Picture]:
@@ -630,47 +580,13 @@ def _of_sample(pictures: Callable[[], list[list[Picture]]], sample: int) -> list
     return found[sample] if found else []
 
 
-def _segment_of(current: _Pass, layer: int) -> _Segment:
+def _segment_of(current: Pass, layer: int) -> Segment:
     return [segment for segment in current.segments if segment.first <= layer][-1]
 
 
-def _locate(inner: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:
-    """For each original place in ``inner [B, L]`` its index in ``outer [B, M]``."""
-    size = int(outer.max()) + 1
-    table = torch.zeros(len(outer), size, dtype=torch.long, device=outer.device)
-    table.scatter_(1, outer, torch.arange(outer.shape[1], device=outer.device).expand_as(outer))
-    return table.gather(1, inner)
-
-
-def _gather_last(positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Gather ``positions [..., B or 1, N]`` (M-RoPE has leading rows) along the last dimension with ``[B, L]``."""
-    shape = (*positions.shape[:-2], *index.shape)
-    return positions.expand(*positions.shape[:-2], len(index), -1).gather(-1, index.expand(shape))
-
-
-def _gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """``x [B or 1, N, d]`` at ``index [B, L]``."""
-    return x.expand(len(index), -1, -1).gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-def _cut_2d(
-    mask: torch.Tensor, segment: _Segment, prefix: int, local: torch.Tensor | None = None
-) -> torch.Tensor:
-    """``[B, prefix + fresh]`` -> ``[B, L + fresh]``."""
-    index = segment.columns if local is None else local
-    return torch.cat(
-        (mask[:, :prefix].gather(1, index) * segment.valid.to(mask.dtype), mask[:, prefix:]), dim=1
-    )
-
-
-def _cut_columns(mask: torch.Tensor, index: torch.Tensor, valid: torch.Tensor, prefix: int) -> torch.Tensor:
-    """``[B or 1, 1, Q, prefix + fresh]`` -> ``[B, 1, Q, L + fresh]``, hiding padding columns."""
-    mask = mask.expand(len(index), -1, -1, -1)
-    columns = index[:, None, None, :].expand(-1, mask.shape[1], mask.shape[2], -1)
-    cut = mask[..., :prefix].gather(3, columns)
-    if not bool(valid.all()):
-        hidden = ~valid[:, None, None, :]
-        cut = (
-            cut & ~hidden if cut.dtype == torch.bool else cut.masked_fill(hidden, torch.finfo(cut.dtype).min)
-        )
-    return torch.cat((cut, mask[..., prefix:]), dim=3)
+def _hold_whole(cache: DynamicCache) -> None:
+    """Let layers with a sliding window keep all keys, so that what leaves can be found; their mask slides as before."""
+    cache.layers = [
+        DynamicLayer() if slides else layer
+        for layer, slides in zip(cache.layers, cache.is_sliding, strict=True)
+    ]

@@ -1,9 +1,7 @@
 """Queries, keys and attention that a decoder layer is about to compute, before it runs.
 
 A stage stands in front of a layer. Some methods let that layer's own projections decide what may enter it: the rows
-they need are computed here, and the layer itself runs afterwards on what is left. Positions are one-dimensional;
-rotary embedding turns a query and a key by the difference of their positions, so places counted along the sequence do
-as well as position ids.
+they need are computed here, and the layer itself runs afterwards on what is left.
 """
 
 from __future__ import annotations
@@ -29,10 +27,16 @@ def upcoming_keys(layer: DecoderLayer, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def rotated(decoder: Decoder, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Queries or keys ``x [H, n, d]`` turned to ``positions [n]`` as the decoder does it, ``[H, n, d]``."""
+    """Queries or keys ``x [H, n, d]`` turned to ``positions`` as the decoder does it, ``[H, n, d]``.
+
+    Args:
+        decoder: with its rotary embedding.
+        x: before rotary embedding.
+        positions: ``[n]``, or ``[3, n]`` for places in image grids (see ``View.positions``).
+    """
     if decoder.rotary is None:
         return x
-    cos, sin = decoder.rotary(x, position_ids=positions.unsqueeze(0))
+    cos, sin = decoder.rotary(x, position_ids=positions.unsqueeze(-2))
     low, high = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-high, low), dim=-1) * sin
 
@@ -40,15 +44,12 @@ def rotated(decoder: Decoder, x: torch.Tensor, positions: torch.Tensor) -> torch
 def look_ahead(view: View, decoder: Decoder, rows: torch.Tensor) -> View:
     """``view`` with the attention of the layer in front of which it stands: ``attention(view.layer, rows)`` answers.
 
-    The tokens are taken at positions 0, 1, ... in the order of the sequence, so the earlier stages must have
-    renumbered (or removed nothing).
-
     Args:
         view: of a stage inside the decoder.
         decoder: its layers, and the rotary embedding.
         rows: the queries that will be asked for, places in the current sequence ``[R]``; others stay zero.
     """
-    layer = decoder.layers[view.layer]
+    layer, positions = decoder.layers[view.layer], view.positions
     places, order = torch.cat((view.index, view.text_index)).sort()
     hidden = torch.cat((view.tokens, view.text))[order]
     asked = torch.searchsorted(places, rows)
@@ -60,13 +61,16 @@ def look_ahead(view: View, decoder: Decoder, rows: torch.Tensor) -> View:
         full[0, :, where] = x
         return full
 
-    query = spread(rotated(decoder, upcoming_queries(layer, hidden[asked]), asked), rows)
-    everything = torch.arange(len(places), device=places.device)
-    key = spread(rotated(decoder, upcoming_keys(layer, hidden), everything), places)
-    valid = torch.zeros(1, length, dtype=torch.bool, device=places.device)
-    valid[0, places] = True
+    query = spread(rotated(decoder, upcoming_queries(layer, hidden[asked]), positions[..., rows]), rows)
+    key = spread(rotated(decoder, upcoming_keys(layer, hidden), positions[..., places]), places)
+    mask = torch.zeros(1, length, dtype=torch.bool, device=places.device)
+    mask[0, places] = True
+    if view.weight is not None:
+        seen_by = mask & torch.ones(length, length, dtype=torch.bool, device=places.device).tril()
+        bias = view.weight[:length].log()
+        mask = torch.where(seen_by, bias, torch.finfo(bias.dtype).min)[None, None]
     # Nobody asks for values before the layer has run: the keys stand in their place.
-    seen = Seen(query, key, key, valid, layer.attention.scaling, causal=True)
+    seen = Seen(query, key, key, mask, layer.attention.scaling, causal=True)
     return replace(view, _sample=0, _seen={view.layer: seen})
 
 

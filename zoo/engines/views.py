@@ -39,6 +39,9 @@ class View:
         seed: of ``generator``.
         memory: the method's own notes on this sample, carried from stage to stage of one input. Keep vectors over
             all ``total`` tokens and read them at ``ordinal``.
+        deep: visual features that will be added behind layers 0, 1, ... (DeepStack), on the current sequence, each
+            ``[L, D]``; empty for most models.
+        weight: how many tokens each key of the current sequence counts for, ``[L]`` float32; ``None`` = one.
     """
 
     tokens: torch.Tensor
@@ -51,6 +54,10 @@ class View:
     ordinal: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     seed: int = 0
     memory: dict[str, Any] = field(default_factory=dict)
+    deep: tuple[torch.Tensor, ...] = ()
+    weight: torch.Tensor | None = None
+    _positions: torch.Tensor | None = None
+    _slots: torch.Tensor | None = None
     _sample: int = 0
     _seen: dict[int, Seen] = field(default_factory=dict, repr=False)
     _hidden: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict, repr=False)
@@ -107,6 +114,16 @@ class View:
     def question(self) -> torch.Tensor:
         """Places of the text after the last visual token, ``[T2]``."""
         return self.text_index[self.text_index > self.index.max()]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Position ids in front of this stage, of the current sequence (padding included), ``[L]``.
+
+        Models whose positions are places in image grids (M-RoPE) have ``[3, L]``: time, row and column.
+        """
+        if self._positions is None:
+            return torch.arange(int(self.last) + 1, device=self.index.device)
+        return self._positions
 
     @cached_property
     def generator(self) -> torch.Generator:
@@ -170,6 +187,19 @@ class View:
         """Attention received by the patches of each visual token, mean over heads, queries and patches, ``[N]``."""
         return self._on_tokens(lambda image: image.mean_attention(layer))
 
+    def encoder_slots(self, image: ImageView) -> torch.Tensor:
+        """Which token of its crop each patch of a picture is in, when the encoder was shortened.
+
+        Returns:
+            ``[crops, P]``; tokens count from 0 without [CLS] and other prefix tokens, -1 = the patch has left.
+
+        Raises:
+            ValueError: the encoder was not shortened.
+        """
+        if self._slots is None:
+            raise ValueError("the encoder runs at full length: the reducer was given no encoder stages")
+        return self._slots[image.packed.first_crop :][: image.crops].to(self.index.device)
+
     def _crops(self, part: Callable[[ImageView], torch.Tensor]) -> torch.Tensor:
         found = [part(image) for image in self.images]
         if len({one.shape[1:] for one in found}) > 1:
@@ -202,6 +232,8 @@ class Stage:
         seed: of the view's ``generator``.
         trims: first layer whose cache, once the prompt is read, loses what this stage removed; ``None`` = the caches
             of the layers in front of the stage stay whole.
+        weigh: from this stage on a key counts for all tokens that were merged into it: the logarithm of their number
+            is added to its attention logits (proportional attention), also while decoding.
     """
 
     layer: int
@@ -212,3 +244,4 @@ class Stage:
     positions: Positions | None = None
     seed: int = 0
     trims: int | None = None
+    weigh: bool = False

@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 import torch
 from pydantic import BaseModel, Field, PrivateAttr
 
+from zoo.engines.blocks import BlockStage
 from zoo.engines.reductions import Keep
+from zoo.engines.scattering import Scatter
 from zoo.engines.tokens import Positions, Stage, TokenReducer
 from zoo.errors import BadInput, Refused
 from zoo.interface import Applied, Method, refuse
@@ -20,6 +22,8 @@ from zoo.report import Bar, Report
 
 CACHED = "visual tokens left in the cache"
 """Bars of a report, beside those of the tokens that each layer saw, when caches were cut after the prompt."""
+ENCODED = "encoder tokens per crop"
+"""Bars of a report, when the vision encoder ran short."""
 
 
 class KeepsShare(BaseModel):
@@ -80,11 +84,15 @@ class VisualTokenReducer(Method):
     positions: ClassVar[Positions] = "keep"
     """What happens to the position ids of survivors: ``keep`` (gaps stay) or ``renumber``."""
     engine: ClassVar[type[TokenReducer]] = TokenReducer
-    """Runs the stages. A method with an engine of its own cannot be joined with others."""
+    """Runs the stages. A stack takes one method with an engine of its own."""
 
     @abstractmethod
     def stages(self, anatomy: Anatomy) -> list[Stage]:
         """Where tokens leave, and by which rule. An empty list leaves the model as it is."""
+
+    def encoder_stages(self, anatomy: Anatomy) -> list[BlockStage]:
+        """Where patches leave inside the vision encoder; see ``zoo.families.visual_tokens_in_encoder``."""
+        return []
 
     def check(self, loaded: LoadedModel) -> None:
         """Refuse models without visual tokens."""
@@ -96,9 +104,9 @@ class VisualTokenReducer(Method):
         """Hook ``loaded``; every input that follows is shortened until ``close``."""
         self.check(loaded)
         anatomy = loaded.anatomy
-        return AppliedTokens(
-            self, loaded, self.engine(anatomy, self.stages(anatomy), self.positions, self.slug)
-        )
+        stages, inside_encoder = self.stages(anatomy), self.encoder_stages(anatomy)
+        reducer = self.engine(anatomy, stages, self.positions, self.slug, inside_encoder)
+        return AppliedTokens(self, loaded, reducer)
 
     @classmethod
     def combine(cls, methods: Sequence[Method]) -> Method:
@@ -155,54 +163,84 @@ class JoinedReducers(VisualTokenReducer):
         return {method.slug: method.parameters() for method in self._methods}
 
     def check(self, loaded: LoadedModel) -> None:
-        """Ask every method; then refuse two that claim the same place."""
+        """Ask every method; then refuse two that claim the same place, the encoder, or an engine of their own."""
         for method in self._methods:
             method.check(loaded)
-            if method.engine is not TokenReducer:
-                raise Refused(
-                    f"{method.slug} brings tokens back inside the LLM and cannot be joined with other methods that "
-                    "take visual tokens away: run it alone"
-                )
+        special = [method.slug for method in self._methods if method.engine is not TokenReducer]
+        if len(special) > 1:
+            raise Refused(f"{' and '.join(special)} both bring tokens back inside the LLM: take one of them")
         self.stages(loaded.anatomy)
+        self.encoder_stages(loaded.anatomy)
 
     def stages(self, anatomy: Anatomy) -> list[Stage]:
         """All stages, in order of depth.
 
         Raises:
-            Refused: two methods have a stage at the same place, or one looks at a layer that another one's stage
-                separates from its own.
+            Refused: two methods have a stage at the same place, one looks at a layer that another one's stage
+                separates from its own, or one brings back what another one has removed.
         """
         found: list[Stage] = []
         for number in range(len(self._methods)):
             found += self.stages_of(number, anatomy)
         return sorted(found, key=lambda stage: stage.layer)
 
+    def encoder_stages(self, anatomy: Anatomy) -> list[BlockStage]:
+        """Those of the one method that shortens the encoder.
+
+        Raises:
+            Refused: two methods do, or another one looks at what the encoder computes.
+        """
+        shortening = [method for method in self._methods if method.encoder_stages(anatomy)]
+        if not shortening:
+            return []
+        if len(shortening) > 1:
+            raise Refused(
+                f"{' and '.join(method.slug for method in shortening)} both shorten the encoder: take one of them"
+            )
+        (first,) = shortening
+        for method in self._methods:
+            if method is not first and any(stage.observes_encoder for stage in method.stages(anatomy)):
+                raise Refused(
+                    f"{method.slug} looks into the encoder, which {first.slug} shortens: take one of them"
+                )
+        return first.encoder_stages(anatomy)
+
     def stages_of(self, number: int, anatomy: Anatomy) -> list[Stage]:
         """Stages of one of the methods; see ``stages``."""
         method = self._methods[number]
         own = [_placed(stage, method.positions) for stage in method.stages(anatomy)]
         for other in self._methods[:number]:
-            for stage in own:
-                for theirs in (_placed(stage, other.positions) for stage in other.stages(anatomy)):
-                    if theirs.layer == stage.layer:
-                        raise Refused(
-                            f"{other.slug} and {method.slug} both prune {_place(stage.layer)}: move one of them"
-                        )
-                    for first, second, name in ((theirs, stage, method.slug), (stage, theirs, other.slug)):
-                        looked = [*second.observes, *(layer for layer, _ in second.observes_hidden)]
-                        if first.layer < second.layer and any(layer < first.layer for layer in looked):
-                            raise Refused(
-                                f"{name} prunes {_place(second.layer)} by what it saw before layer {first.layer}, "
-                                f"where tokens leave ({other.slug} and {method.slug} are too close)"
-                            )
+            for theirs in (_placed(stage, other.positions) for stage in other.stages(anatomy)):
+                for stage in own:
+                    _refuse_clash(theirs, other.slug, stage, method.slug)
         return own
 
     def apply(self, loaded: LoadedModel, **resources: Any) -> AppliedTokens:
         """Hook ``loaded`` once for all methods."""
         self.check(loaded)
         anatomy = loaded.anatomy
-        return AppliedJoined(
-            self, loaded, TokenReducer(anatomy, self.stages(anatomy), self.positions, self.name)
+        engines = [method.engine for method in self._methods if method.engine is not TokenReducer]
+        engine = engines[0] if engines else TokenReducer
+        stages, inside_encoder = self.stages(anatomy), self.encoder_stages(anatomy)
+        reducer = engine(anatomy, stages, self.positions, self.name, inside_encoder)
+        return AppliedJoined(self, loaded, reducer)
+
+
+def _refuse_clash(one: Stage, of_one: str, two: Stage, of_two: str) -> None:
+    """Refuse stages of two methods that cannot both run; see ``JoinedReducers.stages``."""
+    if one.layer == two.layer:
+        raise Refused(f"{of_one} and {of_two} both prune {_place(one.layer)}: move one of them")
+    if one.layer > two.layer:
+        one, of_one, two, of_two = two, of_two, one, of_one
+    if isinstance(two, Scatter):
+        raise Refused(
+            f"{of_two} brings all visual tokens back {_place(two.layer)}, also those that {of_one} removes "
+            f"{_place(one.layer)}: move {of_one} behind it"
+        )
+    if any(layer < one.layer for layer in (*two.observes, *(layer for layer, _ in two.observes_hidden))):
+        raise Refused(
+            f"{of_two} prunes {_place(two.layer)} by what it saw before layer {one.layer}, where tokens leave "
+            f"({of_one} and {of_two} are too close)"
         )
 
 
@@ -259,16 +297,23 @@ class AppliedTokens(Applied):
         bars = {"visual tokens": layers}
         if reducer.cached_per_layer is not None:
             bars[CACHED] = reducer.cached_per_layer.float().mean(0).tolist()
+        drawn = {
+            name: [Bar(label=str(layer), kept=kept, total=total) for layer, kept in enumerate(counts)]
+            for name, counts in bars.items()
+        }
+        if reducer.encoder is not None:
+            blocks = reducer.encoder.blocks
+            drawn[ENCODED] = [
+                Bar(label=str(block), kept=tokens, total=blocks.entered)
+                for block, tokens in enumerate(blocks.tokens[:-1])
+            ]
         return Report(
             method=self.method.name,
             parameters=self.method.parameters(),
             unit="visual tokens (mean over decoder layers)",
             kept=sum(layers) / len(layers),
             total=total,
-            bars={
-                name: [Bar(label=str(layer), kept=kept, total=total) for layer, kept in enumerate(counts)]
-                for name, counts in bars.items()
-            },
+            bars=drawn,
             facts=facts,
         )
 
@@ -301,6 +346,14 @@ class AppliedJoined(AppliedTokens):
                 facts[f"visual tokens kept {_place(stage.layer)}"] = round(
                     sum(len(rows) for rows in kept) / len(kept), 2
                 )
+            bars = {
+                "visual tokens": [
+                    Bar(label=str(layer), kept=whole.total - lost, total=whole.total)
+                    for layer, lost in enumerate(gone)
+                ]
+            }
+            if method.encoder_stages(anatomy):
+                bars[ENCODED] = whole.bars[ENCODED]
             reports.append(
                 Report(
                     method=method.name,
@@ -308,12 +361,7 @@ class AppliedJoined(AppliedTokens):
                     unit=whole.unit,
                     kept=whole.total - sum(gone) / depth,
                     total=whole.total,
-                    bars={
-                        "visual tokens": [
-                            Bar(label=str(layer), kept=whole.total - lost, total=whole.total)
-                            for layer, lost in enumerate(gone)
-                        ]
-                    },
+                    bars=bars,
                     facts=facts,
                 )
             )

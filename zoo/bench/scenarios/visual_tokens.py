@@ -49,7 +49,7 @@ def measure_visual_tokens(
             if isinstance(layer, AppliedTokens):
                 kept = {place: [rows.clone() for rows in lists] for place, lists in layer.kept.items()}
             if isinstance(layer, AppliedTokens | AppliedEncoder):
-                session.record.reports.append(layer.report)
+                session.record.reports += layer.reports
     task = _task(inputs, session.record)
 
     versions: dict[str, Version] = {name: arm.version(forward) for name, arm in arms.items()}

@@ -59,12 +59,10 @@ class LrsVqaDip(VisualTokenReducer):
     )
 
     def check(self, loaded: LoadedModel) -> None:
-        """Refuse positions in an image grid, and decoders that end before the scoring layer."""
+        """Refuse decoders that end before the scoring layer."""
         super().check(loaded)
         decoder = loaded.anatomy.decoder
         assert decoder is not None
-        if decoder.grid_positions:
-            raise refuse(self, "plain position ids to let the first layers read ahead", "M-RoPE")
         if self.scoring_layer >= len(decoder.layers):
             raise refuse(
                 self,

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 
 from zoo.engines.attention_mass import sum_and_peak
-from zoo.engines.blocks import BlockReducer, BlockStage, BlockView
+from zoo.engines.blocks import BlockStage, BlockView
 from zoo.engines.crops import feature_layer
 from zoo.engines.images import EncoderWatch, ImageView
 from zoo.engines.reductions import Keep, Merge
@@ -116,21 +116,19 @@ class MustDrop(InEncoderReducer):
         # Weights that add up to one: an empty slot stays zero, where a mean would be 0 / 0.
         return Merge(assignment, 1 / members.gather(1, assignment).float(), anchor, normalise=False)
 
-    def first_stage(self, anatomy: Anatomy, blocks: BlockReducer) -> Stage:
+    def first_stage(self, anatomy: Anatomy) -> Stage:
         """In front of the LLM: one token of each window goes on."""
         assert anatomy.encoder is not None
         layer = feature_layer(anatomy) % len(anatomy.encoder.blocks) + 1
         watch = (EncoderWatch(layer),)
-        return Stage(-1, partial(self.unique, blocks, layer), observes_encoder=watch)
+        return Stage(-1, partial(self.unique, layer), observes_encoder=watch)
 
-    def unique(self, blocks: BlockReducer, layer: int, view: View) -> Keep:
+    def unique(self, layer: int, view: View) -> Keep:
         """The first token of each encoder token, crop by crop in the encoder's order; newlines leave."""
-        slots = blocks.sources.argmax(1)  # where each position went, [crops, prefix + patches]
         key = torch.zeros(view.total, dtype=torch.bool, device=view.index.device)
         chosen = []
         for image in view.images:
-            for crop in range(image.crops):
-                slot = slots[image.packed.first_crop + crop, image.prefix :] - image.prefix
+            for crop, slot in enumerate(view.encoder_slots(image)):
                 important = self.key_slots(image, crop, layer, slot)
                 own = (image.crop == crop).nonzero().squeeze(-1)
                 of_token = slot[image.patches[own, 0] % image.patches_per_crop]

@@ -9,18 +9,16 @@ cluster becomes the mean of its tokens, and from that layer on keys weigh as man
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 
-from zoo.engines.key_bias import KeyBias
 from zoo.engines.reductions import Merge
 from zoo.engines.selection import cosine_distances, unit_rows
-from zoo.engines.tokens import Positions, Stage, TokenReducer, View
+from zoo.engines.tokens import Positions, Stage, View
 from zoo.engines.upcoming import rotated, upcoming_keys, upcoming_queries
-from zoo.errors import Refused
-from zoo.families.visual_tokens import AppliedTokens, VisualTokenReducer
+from zoo.families.visual_tokens import VisualTokenReducer
 from zoo.interface import refuse, register
 from zoo.models import LoadedModel
 from zoo.models.anatomy import Anatomy
@@ -56,27 +54,14 @@ class PACT(VisualTokenReducer):
     )
 
     def check(self, loaded: LoadedModel) -> None:
-        """Refuse decoders whose coming keys cannot be computed, or which take no bias per key."""
+        """Refuse decoders which take no bias per key."""
         super().check(loaded)
         decoder = loaded.anatomy.decoder
         if decoder is None:
             return
-        if decoder.grid_positions:
-            raise refuse(self, "positions along the sequence", "positions in image grids (M-RoPE)")
         kernel = decoder.config._attn_implementation
         if self.proportional_attention and not any(name in kernel for name in ("sdpa", "eager")):
             raise refuse(self, "SDPA for its bias per key (or proportional_attention=False)", f"'{kernel}'")
-
-    def apply(self, loaded: LoadedModel, **resources: Any) -> AppliedTokens:
-        """Hook ``loaded``: what shortens the sequence, then the bias of the keys."""
-        anatomy = loaded.anatomy
-        if not self.proportional_attention or self.keeps_all:
-            return super().apply(loaded, **resources)
-        self.check(loaded)
-        bias = KeyBias()
-        stage = Stage(self.layer, partial(self.select, anatomy, bias))
-        reducer = TokenReducer(anatomy, [stage], self.positions, self.slug)
-        return AppliedWithBias(self, loaded, reducer, bias, self.layer)
 
     @property
     def keeps_all(self) -> bool:
@@ -84,31 +69,19 @@ class PACT(VisualTokenReducer):
         return self.important_ratio == 1 and self.cutoff == 0
 
     def stages(self, anatomy: Anatomy) -> list[Stage]:
-        """One stage in front of the layer whose keys are clustered.
-
-        Raises:
-            Refused: with the bias of the keys, which only ``apply`` installs.
-        """
+        """One stage in front of the layer whose keys are clustered."""
         if self.keeps_all:
             return []
-        if self.proportional_attention:
-            raise Refused(
-                "pact biases the keys of all later layers, which other visual-token methods in a stack would shorten: "
-                "set pact.proportional_attention=False"
-            )
-        return [Stage(self.layer, partial(self.select, anatomy, None))]
+        return [Stage(self.layer, partial(self.select, anatomy), weigh=self.proportional_attention)]
 
-    def select(self, anatomy: Anatomy, bias: KeyBias | None, view: View) -> Merge:
+    def select(self, anatomy: Anatomy, view: View) -> Merge:
         """The clusters of one sample, in the order of their centres."""
         assert anatomy.decoder is not None
         layer = anatomy.decoder.layers[self.layer]
         keys = upcoming_keys(layer, view.tokens)
         scores = importance(upcoming_queries(layer, view.tokens), keys, view.tokens)
-        turned = rotated(anatomy.decoder, keys, view.original).transpose(0, 1).flatten(1)
-        merge = self.merge(turned, self.unpruned(scores))
-        if bias is not None:
-            bias.note(view, merge.anchor[0], merge.sizes()[0].log())
-        return merge
+        turned = rotated(anatomy.decoder, keys, view.positions[..., view.index]).transpose(0, 1).flatten(1)
+        return self.merge(turned, self.unpruned(scores))
 
     def unpruned(self, scores: torch.Tensor) -> torch.Tensor:
         """Marks the tokens whose ``scores [N]`` exceed the ``int(p * N)``-th highest, ``[N]`` bool (at least one)."""
@@ -174,19 +147,3 @@ def density_centres(distances: torch.Tensor, cutoff: float, bandwidth: float) ->
         centres.append(centre)
         density = density.masked_fill(distances[centre] <= cutoff, 0)
     return torch.stack(centres).sort().values
-
-
-class AppliedWithBias(AppliedTokens):
-    """PACT at work, with the bias of the keys from ``layer`` on."""
-
-    def __init__(
-        self, method: PACT, loaded: LoadedModel, reducer: TokenReducer, bias: KeyBias, layer: int
-    ) -> None:
-        super().__init__(method, loaded, reducer)
-        self._bias = bias
-        bias.install(reducer.decoder, layer)
-
-    def close(self) -> None:
-        """Remove the bias, then undo the rest."""
-        self._bias.close()
-        super().close()

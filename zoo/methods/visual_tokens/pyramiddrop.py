@@ -18,9 +18,8 @@ from zoo.engines.reductions import Keep
 from zoo.engines.tokens import Positions, Stage, View
 from zoo.engines.upcoming import look_ahead
 from zoo.families.visual_tokens import VisualTokenReducer, in_proportion, keep
-from zoo.interface import refuse, register
+from zoo.interface import register
 from zoo.methods.visual_tokens.fastv import visual_scores
-from zoo.models import LoadedModel
 from zoo.models.anatomy import Anatomy, Decoder
 
 LAYERS = (8, 16, 24)
@@ -68,13 +67,6 @@ class PyramidDrop(VisualTokenReducer):
             if not all(0 < ratio <= 1 for ratio in ratios) or list(ratios) != sorted(ratios, reverse=True):
                 raise ValueError("keep_ratios must lie in (0, 1] and may not rise")
         return self
-
-    def check(self, loaded: LoadedModel) -> None:
-        """Refuse models whose positions are places in an image grid, when the next layer's attention is asked for."""
-        super().check(loaded)
-        decoder = loaded.anatomy.decoder
-        if self.ranked_by == "next-layer" and decoder is not None and decoder.grid_positions:
-            raise refuse(self, "plain position ids to look a layer ahead", "M-RoPE: set ranked_by=last-layer")
 
     def stages(self, anatomy: Anatomy) -> list[Stage]:
         """One stage behind each of ``layers``."""

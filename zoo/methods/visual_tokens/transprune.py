@@ -20,8 +20,7 @@ from zoo.engines.tokens import HiddenPlace, Positions, Stage, View
 from zoo.engines.upcoming import look_ahead
 from zoo.errors import BadInput
 from zoo.families.visual_tokens import VisualTokenReducer, in_proportion, keep
-from zoo.interface import refuse, register
-from zoo.models import LoadedModel
+from zoo.interface import register
 from zoo.models.anatomy import Anatomy, Decoder
 
 LAYERS = (7, 9, 12)
@@ -79,10 +78,9 @@ class TransPrune(VisualTokenReducer):
         "signed",
         description="Change of direction: 1 - cos (signed: the release) or 1 - |cos| (the paper's text).",
     )
-    attention_of: Literal["next-layer", "last-layer"] | None = Field(
-        None,
-        description="Whose instruction attention counts: the layer about to run (the release) or the one just run. "
-        "None = the next, and the last on models with M-RoPE positions.",
+    attention_of: Literal["next-layer", "last-layer"] = Field(
+        "next-layer",
+        description="Whose instruction attention counts: the layer about to run (the release) or the one just run.",
     )
 
     @model_validator(mode="after")
@@ -95,13 +93,6 @@ class TransPrune(VisualTokenReducer):
         if len(ratios) != len(layers):
             raise ValueError(f"keep_ratios needs one ratio for each of {len(layers)} cuts")
         return self
-
-    def check(self, loaded: LoadedModel) -> None:
-        """Refuse to look ahead on models whose positions are places in an image grid."""
-        super().check(loaded)
-        decoder = loaded.anatomy.decoder
-        if decoder is not None and self.attention_of == "next-layer" and decoder.grid_positions:
-            raise refuse(self, "plain position ids to look a layer ahead", "M-RoPE: leave attention_of unset")
 
     def stages(self, anatomy: Anatomy) -> list[Stage]:
         """One stage behind each of ``layers``, which looks at the modules since the cut before.
@@ -119,25 +110,18 @@ class TransPrune(VisualTokenReducer):
                 f"transprune: first_layer={self.first_layer} lies behind the first cut, after layer {layers[0]}"
             )
         starts = ((self.first_layer or layers[0]) - 1, *layers[:-1])
-        ahead = self.transition_weight == 1 or self.looks_ahead(decoder)
+        looks_back = self.transition_weight < 1 and self.attention_of == "last-layer"
         return [
             Stage(
                 layer,
                 partial(self.select, decoder, layers, number, range(start, layer)),
-                observes=() if ahead else (layer - 1,),
+                observes=(layer - 1,) if looks_back else (),
                 observes_hidden=tuple(
                     (seen, place) for seen in range(start, layer) for pair in MODULES for place in pair
                 ),
             )
             for number, (start, layer) in enumerate(zip(starts, layers, strict=True))
         ]
-
-    def looks_ahead(self, decoder: Decoder) -> bool:
-        """Whether the instruction's attention is that of the layer about to run."""
-        if self.attention_of is None:
-            # Places in an image grid cannot be counted along the sequence, as looking ahead does.
-            return not decoder.grid_positions
-        return self.attention_of == "next-layer"
 
     def select(self, decoder: Decoder, layers: tuple[int, ...], number: int, seen: range, view: View) -> Keep:
         """The kept tokens of one sample after cut ``number``, in sequence order; ``seen``: layers since the last."""
@@ -168,7 +152,7 @@ class TransPrune(VisualTokenReducer):
     def instruction_attention(self, decoder: Decoder, view: View) -> torch.Tensor:
         """Attention that the text after the image pays each visual token, mean over heads and rows, ``[N]``."""
         rows = view.question if len(view.question) else view.last
-        ahead = self.looks_ahead(decoder)
+        ahead = self.attention_of == "next-layer"
         seeing = look_ahead(view, decoder, rows) if ahead else view
         received = seeing.received(view.layer if ahead else view.layer - 1, rows)
         return received[:, view.index].mean(0) / len(rows)

@@ -21,8 +21,7 @@ from zoo.engines.selection import unit_rows
 from zoo.engines.tokens import Positions, Stage, View
 from zoo.engines.upcoming import look_ahead
 from zoo.families.visual_tokens import KeepsShare, VisualTokenReducer, keep
-from zoo.interface import refuse, register
-from zoo.models import LoadedModel
+from zoo.interface import register
 from zoo.models.anatomy import Anatomy
 
 
@@ -57,15 +56,6 @@ class VScan(KeepsShare, VisualTokenReducer):
     window: int = Field(6, ge=1, description="Side of a window of the local scan, in tokens.")
     shallow_layer: int = Field(5, description="Encoder block of the local scan; negative from the end.")
     deep_layer: int = Field(-2, description="Encoder block of the global scan; negative from the end.")
-
-    def check(self, loaded: LoadedModel) -> None:
-        """Refuse decoders whose coming attention row cannot be computed from the sequence alone."""
-        super().check(loaded)
-        decoder = loaded.anatomy.decoder
-        if self.inside_ratio < 1 and decoder is not None and decoder.grid_positions:
-            raise refuse(
-                self, "positions along the sequence for its cut inside the LLM (set inside_ratio=1)", "M-RoPE"
-            )
 
     def stages(self, anatomy: Anatomy) -> list[Stage]:
         """One stage before the LLM and one in front of the middle layer."""
