@@ -5,70 +5,14 @@ Pure tensor functions on one sample. Distances are float32 whatever the model's 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-
-def cosine_distances(x: torch.Tensor) -> torch.Tensor:
-    """``1 - cos`` between the rows of ``x [N, D]``, ``[N, N]`` float32. A zero row is at distance 1 of everything."""
-    x = x.float()
-    norm = x.norm(dim=-1, keepdim=True)
-    unit = x / norm.where(norm > 0, 1.0)
-    return 1.0 - unit @ unit.T
-
-
-def farthest_points(distances: torch.Tensor, count: int) -> torch.Tensor:
-    """Greedy solution of the max-min diversity problem.
-
-    The first pick is the point whose nearest neighbour is farthest away; each next one is the point farthest from
-    those already picked. Ties go to the smaller index. A running minimum makes one pick O(N).
-
-    Args:
-        distances: ``[N, N]``, symmetric.
-        count: number of picks, at most ``N``.
-
-    Returns:
-        Indices in the order of picking, ``[count]``.
-    """
-    size = len(distances)
-    neighbours = distances.clone()
-    neighbours.fill_diagonal_(float("inf"))
-    picked = torch.empty(count, dtype=torch.long, device=distances.device)
-    if size == 1 or count == 0:
-        return picked.zero_()
-    nearest = neighbours.min(dim=0).values
-    gap = torch.full_like(nearest, float("inf"))
-    for step in range(count):
-        best = (nearest if step == 0 else gap).argmax()
-        picked[step] = best
-        gap = torch.minimum(gap, distances[best])
-        # A pick must not be picked again, not even among duplicates whose distance is 0 or less.
-        gap[picked[: step + 1]] = -float("inf")
-    return picked
-
-
-def farthest_from(distances: torch.Tensor, first: int, count: int) -> torch.Tensor:
-    """Farthest-point sampling from a given start: each next pick is the point farthest from those already picked.
-
-    Ties go to the smaller index. A running minimum makes one pick O(N).
-
-    Args:
-        distances: ``[N, N]``, symmetric.
-        first: the first pick.
-        count: number of picks, at most ``N``.
-
-    Returns:
-        Indices in the order of picking, ``[count]``.
-    """
-    picked = torch.empty(count, dtype=torch.long, device=distances.device)
-    gap = distances.new_full((len(distances),), float("inf"))
-    best = torch.tensor(first, device=distances.device)
-    for step in range(count):
-        picked[step] = best
-        gap = torch.minimum(gap, distances[best])
-        # A pick must not be picked again, not even where all others are its duplicates.
-        gap[picked[: step + 1]] = -float("inf")
-        best = gap.argmax()
-    return picked
+_BLOCK = 256
+"""Rows that are multiplied at once where a whole matrix is not needed, or not wanted in one piece."""
+_ROUNDING = 1e-5
+"""More than what the order of summation changes in a cosine: products of other shapes differ in the last digits."""
 
 
 def unit_rows(x: torch.Tensor) -> torch.Tensor:
@@ -76,6 +20,126 @@ def unit_rows(x: torch.Tensor) -> torch.Tensor:
     x = x.float()
     norm = x.norm(dim=-1, keepdim=True)
     return x / norm.where(norm > 0, 1.0)
+
+
+def cosine_matrix(x: torch.Tensor) -> torch.Tensor:
+    """Cosines between all rows of ``x [N, D]``, ``[N, N]`` float32. It is symmetric: only one half is computed."""
+    unit = unit_rows(x)
+    matrix = unit.new_empty(len(unit), len(unit))
+    for start in range(0, len(unit), _BLOCK):
+        block, below = slice(start, start + _BLOCK), slice(start + _BLOCK, None)
+        matrix[block, start:] = unit[block] @ unit[start:].T
+        matrix[below, block] = matrix[block, below].T
+    return matrix
+
+
+def cosine_distances(x: torch.Tensor) -> torch.Tensor:
+    """``1 - cos`` between the rows of ``x [N, D]``, ``[N, N]`` float32. A zero row is at distance 1 of everything."""
+    return 1.0 - cosine_matrix(x)
+
+
+class Cosines:
+    """Cosines of some rows of ``x [N, D]`` with all rows, when they are asked for: O(N D) each, and no matrix.
+
+    Attributes:
+        unit: the rows divided by their length, ``[N, D]`` float32.
+    """
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.unit = unit_rows(x)
+        # In this layout every sum of a product runs in the same order: equal vectors get equal cosines, and tie.
+        self._columns = self.unit.T.contiguous()
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Cosines of rows ``index [R]`` with all rows, ``[R, N]`` float32."""
+        return self.unit[index] @ self._columns
+
+    def row(self, index: torch.Tensor) -> torch.Tensor:
+        """Cosines of row ``index []`` with all rows, ``[N]`` float32."""
+        return self.rows(index.reshape(1))[0]
+
+    def distances(self, index: torch.Tensor) -> torch.Tensor:
+        """``1 - cos`` of row ``index []`` to all rows, ``[N]`` float32."""
+        return 1.0 - self.row(index)
+
+
+def most_isolated(cosines: Cosines) -> torch.Tensor:
+    """The row whose nearest other row, by cosine distance, is farthest away.
+
+    A row that is compared with all others gives them a bound, too: none is farther from its nearest than from that
+    row. So a sample of the rows goes first, then the most promising ones, until nobody's bound reaches the best found.
+    Usually most pairs are never looked at.
+
+    Returns:
+        Its index, of shape ``[]``. Ties go to the smaller index.
+    """
+    size, at_once = len(cosines.unit), 64
+    bound = torch.full_like(cosines.unit[:, 0], float("inf"))
+    isolation = -bound
+    rows = torch.arange(0, size, -(-size // _BLOCK), device=bound.device)
+    while len(rows):
+        others = _with_others(cosines, rows)
+        isolation[rows] = 1.0 - others.amax(1)
+        bound = torch.minimum(bound, 1.0 - others.amax(0))
+        bound[rows] = -float("inf")
+        promising = bound.topk(min(at_once, size))
+        rows = promising.indices[promising.values >= isolation.max() - _ROUNDING]
+    best = (isolation >= isolation.max() - _ROUNDING).nonzero().squeeze(-1)
+    others = _with_others(cosines, best)
+    # Two rows that are each other's nearest are equally isolated: both must get the very same number.
+    mutual = others[:, best]
+    others[:, best] = torch.maximum(mutual, mutual.T)
+    return best[(1.0 - others.amax(1)).argmax()]
+
+
+def _with_others(cosines: Cosines, index: torch.Tensor) -> torch.Tensor:
+    """Cosines of rows ``index [R]`` with all rows, ``[R, N]``; ``-inf`` of a row with itself."""
+    return cosines.rows(index).scatter_(1, index.unsqueeze(1), -float("inf"))
+
+
+def farthest_points(x: torch.Tensor, count: int) -> torch.Tensor:
+    """Greedy solution of the max-min diversity problem, by cosine distance.
+
+    The first pick is the point whose nearest neighbour is farthest away; each next one is the point farthest from
+    those already picked.
+
+    Args:
+        x: vectors ``[N, D]``.
+        count: number of picks, at most ``N``.
+
+    Returns:
+        Indices in the order of picking, ``[count]``. Ties go to the smaller index.
+    """
+    cosines = Cosines(x)
+    return farthest_from(cosines.distances, most_isolated(cosines), len(x), count)
+
+
+def farthest_from(
+    distances: Callable[[torch.Tensor], torch.Tensor], first: torch.Tensor, size: int, count: int
+) -> torch.Tensor:
+    """Farthest-point sampling from a given start: each next pick is the point farthest from those already picked.
+
+    A running minimum makes one pick O(N), beside the distances of one point.
+
+    Args:
+        distances: from the index ``[]`` of a point to its distances to all, ``[N]``; asked for the picks alone.
+        first: index of the first pick, ``[]``.
+        size: number of points, ``N``.
+        count: number of picks, at most ``N``.
+
+    Returns:
+        Indices in the order of picking, ``[count]``. Ties go to the smaller index.
+    """
+    picked = torch.empty(count, dtype=torch.long, device=first.device)
+    gap = torch.full((size,), float("inf"), device=first.device)
+    best = first
+    for step in range(count):
+        picked[step] = best
+        gap = torch.minimum(gap, distances(best))
+        # A pick must not be picked again, not even where all others are its duplicates.
+        gap[picked[: step + 1]] = -float("inf")
+        best = gap.argmax()
+    return picked
 
 
 def marginal_relevance(
@@ -95,7 +159,7 @@ def marginal_relevance(
     Returns:
         Indices in the order of picking, ``[count]``.
     """
-    unit, importance = unit_rows(x), importance.float()
+    cosines, importance = Cosines(x), importance.float()
     picked = torch.empty(count, dtype=torch.long, device=x.device)
     nearest = torch.full_like(importance, -2.0)  # below every cosine
     for start in range(0, count, per_round):
@@ -104,7 +168,7 @@ def marginal_relevance(
         size = min(per_round, count - start)
         best = score.argmax().reshape(1) if size == 1 else score.topk(size).indices
         picked[start : start + size] = best
-        nearest = torch.maximum(nearest, (unit @ unit[best].T).amax(-1))
+        nearest = torch.maximum(nearest, cosines.rows(best).amax(0))
     return picked
 
 
@@ -119,14 +183,14 @@ def weighted_farthest_points(x: torch.Tensor, weight: torch.Tensor, count: int) 
     Returns:
         Indices in the order of picking, ``[count]``. Ties go to the smaller index.
     """
-    unit, weight = unit_rows(x), weight.float()
+    cosines, weight = Cosines(x), weight.float()
     picked = torch.empty(count, dtype=torch.long, device=x.device)
     gap = torch.ones_like(weight)
     for step in range(count):
         score = weight if step == 0 else weight * gap
         best = score.index_fill(0, picked[:step], -float("inf")).argmax()
         picked[step] = best
-        distance = 1.0 - unit @ unit[best]
+        distance = cosines.distances(best)
         gap = distance if step == 0 else torch.minimum(gap, distance)
     return picked
 
@@ -145,14 +209,14 @@ def dpp_map(x: torch.Tensor, quality: torch.Tensor, count: int) -> torch.Tensor:
     Returns:
         Indices in the order of picking, ``[count]``. Ties go to the smaller index.
     """
-    unit, quality = unit_rows(x), quality.float()
-    factor = unit.new_empty(count, len(unit))
+    cosines, quality = Cosines(x), quality.float()
+    factor = quality.new_empty(count, len(quality))
     picked = torch.empty(count, dtype=torch.long, device=x.device)
-    alone = gain = quality.square() * unit.square().sum(-1)
+    alone = gain = quality.square() * cosines.unit.square().sum(-1)
     for step in range(count):
         best = gain.argmax()
         picked[step] = best
-        row = quality * (unit @ unit[best]) * quality[best] - factor[:step, best] @ factor[:step]
+        row = quality * cosines.row(best) * quality[best] - factor[:step, best] @ factor[:step]
         # Beyond the rank of x only rounding errors are left, and nothing may be divided by them.
         spent = gain[best] <= 1e-6 * alone[best]
         factor[step] = torch.where(spent, 0.0, row / gain[best].clamp(min=1e-30).sqrt())
@@ -234,16 +298,16 @@ def most_covering(
         Indices in the order of picking, ``[count]``. Ties go to the smaller index.
     """
     refreshed = 32  # candidates whose gain is computed anew at once
-    unit, weight = unit_rows(x), weight.float()
-    similarity = unit @ unit.T
-    covered = similarity.new_full((len(unit),), floor)
+    similarity, weight = cosine_matrix(x), weight.float()
+    covered = torch.full_like(weight, floor)
     picked = torch.empty(count, dtype=torch.long, device=x.device)
 
     def scores(candidates: torch.Tensor) -> torch.Tensor:
         gain = (similarity[candidates] - covered).clamp(min=0).sum(-1)
         return gain * weight[candidates] if multiply else gain + weight[candidates]
 
-    bound = scores(torch.arange(len(unit), device=x.device))
+    everything = torch.arange(len(x), device=x.device)
+    bound = torch.cat([scores(block) for block in everything.split(_BLOCK)])
     fresh = torch.ones_like(bound, dtype=torch.bool)
     for step in range(count):
         while not fresh[best := bound.argmax()]:

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from zoo.engines.reductions import Keep
-from zoo.engines.selection import cosine_distances, farthest_points
+from zoo.engines.selection import farthest_points
 from zoo.engines.tokens import Positions, Stage, View
 from zoo.families.visual_tokens import KeepsShare, VisualTokenReducer, keep
 from zoo.interface import register
@@ -39,4 +39,4 @@ class DivPrune(KeepsShare, VisualTokenReducer):
 
     def order(self, tokens: torch.Tensor) -> torch.Tensor:
         """Indices of the kept rows of ``tokens [N, D]``, in the order of picking."""
-        return farthest_points(cosine_distances(tokens), self.count(len(tokens)))
+        return farthest_points(tokens, self.count(len(tokens)))

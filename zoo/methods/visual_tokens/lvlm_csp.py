@@ -19,7 +19,7 @@ from zoo.engines.crops import class_attention, feature_layer
 from zoo.engines.images import EncoderWatch
 from zoo.engines.reductions import Keep, Replace
 from zoo.engines.scattering import Scatter, ScatterReducer
-from zoo.engines.selection import cosine_distances, farthest_points, unit_rows
+from zoo.engines.selection import farthest_points, unit_rows
 from zoo.engines.tokens import Positions, Stage, TokenReducer, View
 from zoo.errors import BadInput
 from zoo.families.visual_tokens import VisualTokenReducer, in_proportion, keep
@@ -115,7 +115,7 @@ class LvlmCsp(VisualTokenReducer):
         if self.representatives == "attention":
             chosen = class_attention(view, anatomy, feature_layer(anatomy)).topk(count).indices
         else:
-            chosen = farthest_points(cosine_distances(view.tokens), count)
+            chosen = farthest_points(view.tokens, count)
         kept = keep(chosen)
         view.memory["embeddings"] = view.tokens
         view.memory["representative"] = nearest(view.tokens, kept.index[0])

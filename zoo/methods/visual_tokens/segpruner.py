@@ -8,6 +8,7 @@ the camera's pose) and how different their features are.
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from pydantic import Field
 from zoo.engines.crops import feature_layer
 from zoo.engines.images import EncoderWatch, ImageView
 from zoo.engines.reductions import Keep
-from zoo.engines.selection import cosine_distances, farthest_from
+from zoo.engines.selection import Cosines, farthest_from
 from zoo.engines.tokens import Positions, Stage, View
 from zoo.errors import BadInput
 from zoo.families.visual_tokens import KeepsShare, VisualTokenReducer, keep
@@ -111,14 +112,39 @@ class SeGPruner(KeepsShare, VisualTokenReducer):
         if important == count:
             return ranked[:count]
         rest = ranked[important:]
-        distances = cosine_distances(features[rest])
-        if centres is not None:
-            gaps = torch.cdist(centres[rest], centres[rest], compute_mode="donot_use_mm_for_euclid_dist")
-            # The unit is the reach of the first pick; a view that collapses to one point (no depth) has none.
-            reach = gaps[0].max().clamp(min=torch.finfo(gaps.dtype).tiny)
-            distances = self.geometry_weight * gaps / reach + (1 - self.geometry_weight) * distances
-        picked = farthest_from(distances, 0, count - important)
+        distances = mixed_distances(
+            features[rest], None if centres is None else centres[rest], self.geometry_weight
+        )
+        first = torch.zeros((), dtype=torch.long, device=rest.device)
+        picked = farthest_from(distances, first, len(rest), count - important)
         return torch.cat((ranked[:important], rest[picked]))
+
+
+def mixed_distances(
+    features: torch.Tensor, centres: torch.Tensor | None, weight: float
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Distance between patches: ``weight`` parts in space, the others between features (one minus the cosine).
+
+    Args:
+        features: ``[N, C]``.
+        centres: of the patches in the scene, ``[N, 3]``; ``None`` = features alone count.
+        weight: 0 to 1.
+
+    Returns:
+        A function from the index ``[]`` of a patch to its distances to all, ``[N]``.
+    """
+    in_features = Cosines(features).distances
+    if centres is None:
+        return in_features
+
+    def in_space(index: torch.Tensor) -> torch.Tensor:
+        point = centres[index.reshape(1)]
+        return torch.cdist(point, centres, compute_mode="donot_use_mm_for_euclid_dist")[0]
+
+    # The unit is the reach of the first pick; a view that collapses to one point (no depth) has none.
+    first = torch.zeros((), dtype=torch.long, device=centres.device)
+    reach = in_space(first).max().clamp(min=torch.finfo(centres.dtype).tiny)
+    return lambda index: weight * in_space(index) / reach + (1 - weight) * in_features(index)
 
 
 def patch_centres(

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from zoo.engines.images import EncoderWatch
 from zoo.engines.reductions import Keep
-from zoo.engines.selection import unit_rows
+from zoo.engines.selection import Cosines
 from zoo.engines.tokens import Positions, Stage, View
 from zoo.families.visual_tokens import KeepsShare, VisualTokenReducer, keep
 from zoo.interface import register
@@ -135,13 +135,13 @@ def grow(x: torch.Tensor, first: int, count: int, combine: Combine) -> torch.Ten
     Returns:
         Indices in the order of picking, ``[count]``. Ties go to the smaller index.
     """
-    unit = unit_rows(x)
+    cosines = Cosines(x)
     picked = torch.empty(count, dtype=torch.long, device=x.device)
     best = torch.tensor(first, device=x.device)
     similarity = None
     for step in range(count):
         picked[step] = best
-        cosine = unit @ unit[best]
+        cosine = cosines.row(best)
         similarity = cosine if similarity is None else combine(similarity, cosine)
         best = similarity.index_fill(0, picked[: step + 1], float("inf")).argmin()
     return picked
