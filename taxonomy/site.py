@@ -21,7 +21,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from taxonomy import diagrams, paths
+from taxonomy import diagrams, gallery, paths
 from taxonomy.queries import ACTING
 from taxonomy.site_data import Claim, Entry, Facet, Library, Paper, Term, load
 from taxonomy.site_output import Published, SiteError, publish
@@ -33,6 +33,7 @@ Files = Iterator[tuple[str, bytes]]
 NAVIGATION = (
     ("index.html", "Methods"),
     ("taxonomy/index.html", "Taxonomy"),
+    ("gallery.html", "Gallery"),
     ("glossary.html", "Glossary"),
     ("bibliography.html", "Bibliography"),
     ("data.html", "Data"),
@@ -234,6 +235,7 @@ def render(library: Library, catalog: bytes | None = None) -> Files:
         yield site.page(view.file, "tree.html", view.title, view=view)
     for crossing in site.crossings:
         yield site.page(crossing.file, "matrix.html", crossing.title, crossing=crossing)
+    yield site.page("gallery.html", "gallery.html", "Gallery")
     yield site.page("glossary.html", "glossary.html", "Glossary")
     yield from site.bibliography()
     yield site.page("data.html", "data.html", "Data", downloads=downloads, example=EXAMPLE)
@@ -261,6 +263,7 @@ class _Site:
         self.environment.filters |= {"figure": figure, "arxiv": _arxiv_link, "lowered": lowered}
         self.environment.globals |= {
             "library": library,
+            "gallery": gallery.load_gallery(),
             "navigation": NAVIGATION,
             "views": self.views,
             "crossings": self.crossings,
@@ -331,6 +334,7 @@ class _Site:
         folder = paths.assets()
         for path in sorted(folder.iterdir()):
             yield f"assets/{path.name}", path.read_bytes()
+        yield "assets/gallery.jpg", (gallery.FOLDER / "photo.jpg").read_bytes()
 
     def downloads(self, catalog: bytes | None) -> Iterator[Download]:
         """The files of the data page."""

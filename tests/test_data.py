@@ -9,8 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from zoo.data import COPY_PROMPT, PICTURES, TEXTS, calibration_windows, load_picture, load_texts
-from zoo.errors import BadInput, NeedsExtra
+from zoo.data import (
+    COPY_PROMPT,
+    PICTURES,
+    TEXTS,
+    calibration_windows,
+    digest,
+    load_picture,
+    load_texts,
+)
+from zoo.errors import BadInput, DownloadFailed, NeedsExtra
 from zoo.models.tiny import byte_tokenizer
 
 # --- texts ----------------------------------------------------------------------------------------------------
@@ -62,8 +70,52 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(NeedsExtra, match="pip install pyarrow"):
+    with pytest.raises(NeedsExtra, match=r"pip install 'efficiency-zoo\[datasets\]'"):
         load_texts(tmp_path / "a.parquet")
+
+
+class FakeDatasets:
+    """Stands in for the datasets library: what it was asked for, and two splits."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def load_dataset(self, name: str, configuration: str | None, *, split: str, streaming: bool) -> Any:
+        self.asked.append((name, configuration, split, streaming))
+        if split == "offline":
+            raise RuntimeError("connection refused\nby a long story")
+        if split == "nowhere":
+            raise ValueError("Bad split: nowhere.")
+        return ({"text": f"text {row}" if row else " ", "abstract": "a", "id": row} for row in range(20_000))
+
+
+def test_a_dataset_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeDatasets()
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    texts = load_texts("hub:allenai/c4@en:validation:text")
+    assert fake.asked == [("allenai/c4", "en", "validation", True)]
+    assert texts == [f"text {row}" for row in range(1, 10_000)]
+    assert load_texts("hub:owner/name:test:abstract")[0] == "a"
+    load_texts("hub:owner/name")
+    assert fake.asked[-1] == ("owner/name", None, "train", True)
+    for place, message in (
+        ("hub:name", "is not a dataset; write hub:OWNER/NAME"),
+        ("hub:owner/name:train:title", "no column 'title'; it has text, abstract, id"),
+        ("hub:owner/name:train:id", "holds no text in its column 'id'"),
+        ("hub:owner/name:nowhere", "cannot be read: Bad split: nowhere$"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            load_texts(place)
+    with pytest.raises(DownloadFailed, match=r"owner/name could not be fetched: connection refused$"):
+        load_texts("hub:owner/name:offline")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(NeedsExtra, match=r"pip install 'efficiency-zoo\[datasets\]'"):
+        load_texts("hub:owner/name")
+
+
+def test_digests_tell_texts_apart() -> None:
+    assert digest(["ab", "c"]) == digest(["ab", "c"]) != digest(["a", "bc"])
+    assert len(digest([])) == 64
 
 
 @pytest.mark.parametrize(
@@ -86,10 +138,12 @@ def test_bad_files_are_one_line(tmp_path: Path, name: str, content: bytes, messa
 
 
 def test_texts_that_do_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="there are no texts called 'nwes'; give a file, or one of: news"):
+    with pytest.raises(
+        BadInput, match="there are no texts called 'nwes'; give a file, hub:OWNER/NAME, or one of"
+    ):
         load_texts("nwes")
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(BadInput, match="has no heldout split"):
+    with pytest.raises(BadInput, match="has no heldout part"):
         load_texts(tmp_path / "a.txt", "heldout")
 
 
@@ -146,7 +200,9 @@ def test_the_copy_prompt_asks_for_its_own_text() -> None:
 def test_packaged_photographs(name: str) -> None:
     cached(PICTURES[name].file)
     picture = load_picture(name)
-    assert (picture.mode, picture.size) == ("RGB", (640, 427))
+    width, height = picture.size
+    assert picture.mode == "RGB"
+    assert f"{width} x {height} pixels" in PICTURES[name].description
 
 
 def test_own_pictures_come_upright_and_rgb(tmp_path: Path) -> None:
@@ -171,5 +227,5 @@ def test_bad_pictures_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(BadInput, match="cannot be read as a picture"):
         load_picture(tmp_path / "half.png")
-    with pytest.raises(BadInput, match="cannot be read as a picture"):
+    with pytest.raises(BadInput, match="is a folder"):
         load_picture(tmp_path)

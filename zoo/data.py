@@ -6,14 +6,17 @@ nothing is vendored.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from zoo.errors import BadInput, NeedsExtra
+from zoo.errors import BadInput, DownloadFailed, NeedsExtra
 from zoo.models.packages import PackageFile, fetch
 
 if TYPE_CHECKING:
@@ -51,6 +54,14 @@ TEXTS = {
 }
 """Packaged texts by name, one text per line of the file."""
 
+HUB = "hub:"
+"""How the name of a dataset on the hub begins."""
+HUB_ROWS = 10_000
+"""Rows read of a dataset on the hub: the first ones, so that every run reads the same."""
+_HUB_PLACE = re.compile(
+    r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<configuration>[\w.+-]+))?(:(?P<split>[\w.-]+)(:(?P<column>\w+))?)?"
+)
+
 NEWS_CALIBRATION = 200
 """Items 0 to 199 of ``news`` are for calibration, 200 to 299 are held out. No item of one part recurs in the other."""
 
@@ -73,6 +84,19 @@ def _photo(name: str, digest: str) -> Packaged:
 PICTURES = {
     "china": _photo("china", "8378025ad2519d649d02e32bd98990db4ab572357d9f09841c2fbfbb4fefad29"),
     "flower": _photo("flower", "a77f6ec41e353afdf8bdff2ea981b2955535d8d83294f8cfa49cf4e423dd5638"),
+    "coffee": Packaged(
+        PackageFile(
+            kind="pip",
+            package="scikit-image",
+            version="0.26.0",
+            member="skimage/data/coffee.png",
+            sha256="cc02f8ca188b167c775a7101b5d767d1e71792cf762c33d6fa15a4599b5a8de7",
+            megabytes=13.7,
+            platforms=_WHEEL,
+        ),
+        "A cup of coffee, 600 x 400 pixels: photograph by Rachel Michetti, distributed with scikit-image.",
+        "CC0",
+    ),
 }
 """Packaged photographs by name."""
 
@@ -93,15 +117,17 @@ def load_texts(ref: str | Path, split: Split | None = None) -> list[str]:
     """Texts by packaged name or from a file.
 
     Args:
-        ref: a name in ``TEXTS``, or a file: ``.txt`` (paragraphs between blank lines), ``.jsonl`` (one string, or
-            object with a field ``text``, per line), ``.json`` (a list of such), ``.parquet`` (a column ``text``).
+        ref: a name in ``TEXTS``; a file: ``.txt`` (paragraphs between blank lines), ``.jsonl`` (one string, or
+            object with a field ``text``, per line), ``.json`` (a list of such), ``.parquet`` (a column ``text``); or
+            a dataset on the hub, ``hub:owner/name[@configuration][:split[:column]]``, of which the first
+            ``HUB_ROWS`` rows are read (split ``train`` and column ``text`` unless said otherwise).
         split: ``calibration`` or ``heldout`` for packaged texts, which are cut so that the two share nothing;
             ``None`` takes all of it. A user's file has no split.
 
     Raises:
-        BadInput: no such name or file, a file in another format or without any text, an unknown split.
-        NeedsExtra: a parquet file without pyarrow.
-        DownloadFailed: packaged texts could not be fetched.
+        BadInput: no such name, file, dataset, split or column, a file in another format or without any text.
+        NeedsExtra: a parquet file without pyarrow, a dataset without the ``datasets`` library.
+        DownloadFailed: packaged texts or a dataset could not be fetched.
     """
     if str(ref) in TEXTS:
         if split not in (None, "calibration", "heldout"):
@@ -109,11 +135,15 @@ def load_texts(ref: str | Path, split: Split | None = None) -> list[str]:
         lines = fetch(TEXTS[str(ref)].file).read_text(encoding="utf-8").splitlines()
         parts = {None: lines, "calibration": lines[:NEWS_CALIBRATION], "heldout": lines[NEWS_CALIBRATION:]}
         return parts[split]
+    if split is not None:
+        raise BadInput(f"{ref} is not a packaged text and has no {split} part; give one file per purpose")
+    if str(ref).startswith(HUB):
+        return _read_hub(str(ref).removeprefix(HUB))
     path = Path(ref).expanduser()
     if not path.is_file():
-        raise BadInput(f"there are no texts called '{ref}'; give a file, or one of: {', '.join(TEXTS)}")
-    if split is not None:
-        raise BadInput(f"{path} is a file and has no {split} split; give one file per purpose")
+        raise BadInput(
+            f"there are no texts called '{ref}'; give a file, {HUB}OWNER/NAME, or one of: {', '.join(TEXTS)}"
+        )
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise BadInput(f"{path.name}: texts are read from {', '.join(_READERS)} files")
@@ -151,7 +181,7 @@ def _read_parquet(path: Path) -> Iterator[str]:
         from pyarrow import parquet
     except ImportError:
         raise NeedsExtra(
-            "reading parquet files needs pyarrow; install it with: pip install pyarrow"
+            "reading parquet files needs pyarrow; install it with: pip install 'efficiency-zoo[datasets]'"
         ) from None
     try:
         column = parquet.read_table(path, columns=["text"]).column("text")
@@ -161,6 +191,51 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
 
 _READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+
+
+def _read_hub(place: str) -> list[str]:
+    """Texts of a dataset on the hub, streamed: nothing but the rows that are read is downloaded."""
+    found = _HUB_PLACE.fullmatch(place)
+    if found is None:
+        raise BadInput(
+            f"'{HUB}{place}' is not a dataset; write {HUB}OWNER/NAME[@CONFIGURATION][:SPLIT[:COLUMN]]"
+        )
+    try:
+        import datasets
+    except ImportError:
+        raise NeedsExtra(
+            "reading datasets from the hub needs the datasets library; install it with: pip install "
+            "'efficiency-zoo[datasets]'"
+        ) from None
+    split, column = found["split"] or "train", found["column"] or "text"
+    try:
+        rows = datasets.load_dataset(found["name"], found["configuration"], split=split, streaming=True)
+        read = list(islice(rows, HUB_ROWS))
+    except (FileNotFoundError, ValueError) as error:
+        raise BadInput(f"{HUB}{place} cannot be read: {_first_line(error)}") from None
+    except Exception as error:  # whatever the library's file systems and HTTP clients raise
+        raise DownloadFailed(
+            f"the dataset {found['name']} could not be fetched: {_first_line(error)}"
+        ) from None
+    if read and column not in read[0]:
+        raise BadInput(f"{HUB}{place} has no column '{column}'; it has {', '.join(read[0])}")
+    texts = [row[column] for row in read if isinstance(row[column], str) and row[column].strip()]
+    if not texts:
+        raise BadInput(f"{HUB}{place} holds no text in its column '{column}'")
+    return texts
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def digest(texts: Sequence[str]) -> str:
+    """SHA-256 of texts and where they end, in hexadecimal: equal for equal texts only."""
+    total = hashlib.sha256()
+    for text in texts:
+        piece = text.encode()
+        total.update(len(piece).to_bytes(8, "little") + piece)
+    return total.hexdigest()
 
 
 def _parse(text: str, where: str) -> Any:
@@ -232,13 +307,21 @@ def load_picture(ref: str | Path) -> Image.Image:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     path = fetch(PICTURES[str(ref)].file) if str(ref) in PICTURES else Path(ref).expanduser()
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder; give a picture file")
     try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
+        # Pillow warns of large pictures on standard error, and refuses those of more than twice that size.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                return ImageOps.exif_transpose(picture).convert("RGB")
     except FileNotFoundError:
         raise BadInput(f"there is no picture {path}; give a file, or one of: {', '.join(PICTURES)}") from None
     except UnidentifiedImageError:
         raise BadInput(f"{path} is not a picture in a known format") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise BadInput(f"{path} has more than {most:,} pixels; make it smaller") from None
+    except (OSError, SyntaxError, ValueError) as error:
         # Pillow reports damaged files as one or the other.
         raise BadInput(f"{path} cannot be read as a picture: {error}") from None

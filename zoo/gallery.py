@@ -11,7 +11,8 @@ from zoo.errors import BadInput, Refused, RunFailed
 from zoo.html_report import TEMPLATES, write_text
 from zoo.interface import Method, implemented, method_class
 from zoo.interface import method as make_method
-from zoo.runner import DEFAULT_MODELS, check_target, kind_of, on_device, picture_inputs
+from zoo.runner import DEFAULT_MODELS, check_target, kind_of, on_device
+from zoo.scenes import load_scene, scene_inputs
 
 if TYPE_CHECKING:
     from zoo.models import LoadedModel
@@ -85,7 +86,8 @@ def build_gallery(
         RunFailed: the folder cannot be written.
     """
     chosen = _chosen(methods, keep)
-    kind_of(chosen, model)  # a short name of another kind of model is refused before it is loaded
+    who = "+".join(methods) or "the gallery"
+    kind_of(chosen, model, who)  # a short name of another kind of model is refused before it is loaded
     check_target(folder, "the gallery", must_be_new=False)
     page = folder / "index.html"
     if page.exists() and MARK not in page.read_text(encoding="utf-8", errors="replace"):
@@ -93,23 +95,22 @@ def build_gallery(
 
     import torch
 
-    from zoo.data import load_picture
     from zoo.models.loading import load_model
     from zoo.models.quiet import quiet_transformers
     from zoo.overlays import draw, save_picture
 
-    picture = load_picture(image)
+    scene = load_scene("picture", (image,))
     if model is None:
         model = DEFAULT_MODELS["vlm"]
     if isinstance(model, str):
         progress(f"loading {model}", 0, 0)
         model = load_model(model)
-        kind_of(chosen, model)
+        kind_of(chosen, model, who)
     drawn: list[Drawn] = []
     left_out: list[tuple[str, str]] = []
     devices = [model.device] if model.device.type == "cuda" else []
     with quiet_transformers(), torch.random.fork_rng(devices=devices):
-        inputs = on_device(model, picture_inputs(model, picture))
+        inputs = on_device(model, scene_inputs(model, scene))
         for number, method in enumerate(chosen):
             progress(f"drawing {method.slug}", number, len(chosen))
             torch.manual_seed(0)

@@ -136,6 +136,21 @@ class Method(BaseModel):
         return self.model_dump(mode="json")
 
     @classmethod
+    def fit(cls, *args: Any, **options: Any) -> Method:
+        """The method with parameters that were found on samples, for ``zoo fit``.
+
+        A method that has something to fit overrides this as ``fit(loaded, samples, *, option=default, ...)``: samples
+        are inputs of one prompt each, options are what the search is told, ``**parameters`` other fields of the method.
+        An option named ``progress`` is called with what is done and what there is to do.
+
+        Raises:
+            BadInput: there is nothing to fit, or the samples do not allow it.
+        """
+        raise BadInput(
+            f"{cls.slug} has nothing to fit; zoo find --implemented --training calibration lists methods that do"
+        )
+
+    @classmethod
     def combine(cls, methods: Sequence[Method]) -> Method:
         """One method that does what several methods of this phase do, for stacks.
 

@@ -28,10 +28,12 @@ from zoo.bench.settings import Settings
 from zoo.errors import BadInput, BadParameter, Refused, RunFailed
 from zoo.interface import Method, Stack
 from zoo.interface import method as make_method
+from zoo.scenes import QUESTION, Scene, check_files, load_scene, scene_inputs, wanted_by
 
 if TYPE_CHECKING:
     import torch
 
+    from zoo.bench.scenarios.decoding import Watch
     from zoo.bench.session import Arm, Progress, Session
     from zoo.models import LoadedModel
 
@@ -45,8 +47,6 @@ DEFAULT_MODELS: dict[Kind, str] = {
 """What a method runs on when no model is named. No registry carries a pretrained VLM, hence a random one."""
 
 PROMPT = "Explain in a few sentences why the sky is blue during the day and red at sunset."
-QUESTION = "What can be seen in this picture?"
-PICTURES = ("china", "flower")
 CALIBRATION_WINDOWS = 32
 CALIBRATION_LENGTH = 128
 
@@ -70,7 +70,10 @@ class Request:
         prompt: text for generation; ``None`` = a default of the family.
         raw: feed the prompt as it is, without the model's chat template.
         images: picture files, or names of packaged pictures.
-        calibration: a text file for weight methods; ``None`` = packaged news.
+        video: a video file, or a folder of frames, for vision-language models.
+        frames: how many frames are taken of it.
+        calibration: text for weight methods, as for ``load_texts``: a file, or ``hub:owner/name`` for a dataset;
+            ``None`` = packaged news.
         calibration_windows: windows of ``CALIBRATION_LENGTH`` tokens drawn from it.
         draft: draft model of decoders that need one: a reference, or ``METHOD:name=value,...`` for a copy of the target
             pruned with that weight method.
@@ -86,7 +89,9 @@ class Request:
     prompt: str | None = None
     raw: bool = False
     images: Sequence[str] = ()
-    calibration: Path | None = None
+    video: Path | None = None
+    frames: int | None = None
+    calibration: str | Path | None = None
     calibration_windows: int = CALIBRATION_WINDOWS
     draft: str | None = None
     device: str | None = None
@@ -105,6 +110,7 @@ def run(
     *,
     settings: Settings | None = None,
     progress: Progress | None = None,
+    watch: Watch | None = None,
     **more: Any,
 ) -> RunRecord:
     """Apply a method to a model and measure both side by side.
@@ -115,6 +121,7 @@ def run(
         request: prompt, pictures, calibration, seed, targets ...
         settings: how much to measure.
         progress: called as the work goes on.
+        watch: follows one generation of a decoding method, see ``zoo.live.LiveText.follow``.
         more: fields of ``Request`` by name, as ``parameters={"sparsity": 0.3}``.
 
     Returns:
@@ -138,6 +145,7 @@ def run(
     from zoo.bench.session import Session
 
     job = _Job(method, methods, kind, request, settings or Settings(), progress or (lambda *_: None))
+    job.watch = watch
     loaded = job.load(model)
     session = Session(job.record, job.settings, loaded.device, job.progress)
     begun = time.perf_counter()
@@ -171,8 +179,14 @@ def _in_one_line(error: Exception) -> Exception:
     return error
 
 
-def kind_of(methods: Sequence[Method], model: str | LoadedModel | None) -> Kind:
-    """What the methods act on. A short name of another kind of model is refused before it is loaded."""
+def kind_of(methods: Sequence[Method], model: str | LoadedModel | None, who: str = "") -> Kind:
+    """What the methods act on. A short name of another kind of model is refused before it is loaded.
+
+    Args:
+        methods: at least one.
+        model: reference or loaded model; ``None`` = the default.
+        who: subject of the refusal; by default the methods' names.
+    """
     phases = {method.phase for method in methods}
     if "visual-tokens" in phases:
         kind: Kind = "vlm"
@@ -191,7 +205,7 @@ def kind_of(methods: Sequence[Method], model: str | LoadedModel | None) -> Kind:
         return kind
     if given == "vlm" and (kind == "image" or "decoding" in phases):
         return "vlm"
-    names = "+".join(method.slug for method in methods)
+    names = who or "+".join(method.slug for method in methods)
     wants = {"text": "a language model", "image": "a vision encoder", "vlm": "a vision-language model"}
     ref = model if isinstance(model, str) else getattr(model, "ref", "this model")
     raise Refused(
@@ -206,6 +220,9 @@ def _check_request(request: Request, methods: Sequence[Method], kind: Kind) -> N
     drafts = [method for method in methods if method.phase == "decoding"]
     if request.images and kind == "text":
         raise BadInput(f"{names} works on text; leave out the image")
+    if kind != "vlm" and (request.video is not None or request.frames is not None):
+        raise BadInput(f"{names} works on {'text' if kind == 'text' else 'pictures'}; leave out the video")
+    check_files(request.images, request.video)
     if request.prompt is not None and kind == "image":
         raise BadInput(f"{names} works on images; leave out the prompt")
     if request.prompt is not None and not request.prompt.strip():
@@ -222,8 +239,9 @@ def _check_request(request: Request, methods: Sequence[Method], kind: Kind) -> N
         raise BadInput(f"{names} changes how a model runs, not its weights: there is nothing to save")
     if request.draft is not None and not drafts:
         raise BadInput(f"{names} drafts nothing; leave out the draft model")
-    if request.calibration is not None and not request.calibration.is_file():
-        raise BadInput(f"there is no calibration file {request.calibration}")
+    text = request.calibration
+    if text is not None and not str(text).startswith("hub:") and not Path(text).expanduser().is_file():
+        raise BadInput(f"there is no calibration file {text}; give a file, or hub:OWNER/NAME for a dataset")
     if request.calibration_windows < 1:
         raise BadInput("at least one calibration window is needed")
     for place, what in ((request.save, "the pruned model"), (request.report, "the report")):
@@ -281,6 +299,7 @@ class _Job:
         self.progress = progress
         self.record: RunRecord
         self.draft: LoadedModel | None = None
+        self.watch: Watch | None = None
         self.overlay: Path | None = None
 
     @property
@@ -365,8 +384,9 @@ class _Job:
                 from zoo.bench.scenarios import measure_decoding
 
                 measure_decoding(
-                    session, dense, arm, self._prompt, text, same_weights=self.phases == {"decoding"}
-                )
+                    session, dense, arm, self._prompt, text,
+                    same_weights=self.phases == {"decoding"}, watch=self.watch,
+                )  # fmt: skip
 
     def _measure_visual(self, session: Session, dense: Arm, arm: Arm, inputs: Mapping[str, Any]) -> None:
         from zoo.bench.scenarios import measure_visual_tokens
@@ -437,14 +457,18 @@ class _Job:
     def _prune(self, session: Session, loaded: LoadedModel, text: Mapping[str, Any] | None) -> LoadedModel:
         """Prune, save when asked, measure; returns the pruned model."""
         from zoo.bench.scenarios import measure_weights
-        from zoo.data import load_texts
+        from zoo.data import digest, load_texts
 
         request = self.request
         heldout, task = self._heldout(loaded)
-        calibration = None if request.calibration is None else load_texts(request.calibration)
+        if request.calibration is None:
+            name, calibration = "news, calibration split", load_texts("news", split="calibration")
+        else:
+            name, calibration = str(request.calibration), load_texts(request.calibration)
         length = min(CALIBRATION_LENGTH, _context(loaded))
         self.record.inputs |= {
-            "calibration": "news, calibration split" if calibration is None else str(request.calibration),
+            "calibration": name,
+            "calibration sha256": digest(calibration),
             "calibration windows": [request.calibration_windows, length],
             "held-out text": task,
         }
@@ -495,7 +519,8 @@ class _Job:
 
         request = self.request
         if self.kind == "vlm":
-            prompt, inputs = request.prompt or QUESTION, self._vlm_inputs(loaded)
+            prompt = request.prompt or QUESTION
+            inputs: Mapping[str, Any] = scene_inputs(loaded, self._scene(), prompt, request.raw)
         else:
             if loaded.tokenizer is None:
                 raise BadInput(f"{loaded.ref} has no tokenizer, so it cannot read a prompt")
@@ -519,26 +544,24 @@ class _Job:
             return COPY_PROMPT
         return PROMPT
 
-    def _vlm_inputs(self, loaded: LoadedModel) -> Any:
-        (picture,) = self._pictures(1)
-        return picture_inputs(loaded, picture, self.request.prompt or QUESTION, self.request.raw)
+    def _scene(self) -> Scene:
+        """The pictures or the video asked for, or what suits the methods."""
+        request = self.request
+        scene = load_scene(wanted_by(self.methods), request.images, request.video, request.frames)
+        self.record.inputs["video" if scene.video else "images"] = list(scene.source)
+        if scene.video:
+            self.record.inputs["frames"] = len(scene.pictures)
+        if scene.note:
+            self.record.notes.append(scene.note)
+        return scene
 
     def _pixels(self, loaded: LoadedModel) -> dict[str, Any]:
         if loaded.processor is None:
             raise BadInput(f"{loaded.ref} has no image processor, so it cannot read a picture")
-        pictures = self._pictures(None)
-        values = loaded.processor(images=pictures, return_tensors="pt")["pixel_values"]
+        scene = load_scene("pictures", self.request.images)
+        self.record.inputs["images"] = list(scene.source)
+        values = loaded.processor(images=list(scene.pictures), return_tensors="pt")["pixel_values"]
         return {"pixel_values": values.to(loaded.device, loaded.dtype)}
-
-    def _pictures(self, count: int | None) -> list[Any]:
-        """The pictures asked for, or packaged ones."""
-        from zoo.data import load_picture
-
-        names = list(self.request.images) or list(PICTURES[: count or len(PICTURES)])
-        if count is not None and len(names) != count:
-            raise BadInput(f"{len(names)} images were given; give one")
-        self.record.inputs["images"] = names
-        return [load_picture(name) for name in names]
 
     # --- the end ----------------------------------------------------------------------------------------------
 
@@ -559,26 +582,6 @@ class _Job:
             from zoo.html_report import write_report
 
             write_report(record, request.report, self.overlay)
-
-
-def picture_inputs(loaded: LoadedModel, picture: Any, prompt: str = QUESTION, raw: bool = False) -> Any:
-    """What a vision-language model takes for one picture and a prompt, on the CPU, batch 1.
-
-    Args:
-        loaded: with a processor.
-        picture: a PIL image.
-        prompt: the question.
-        raw: leave out the chat template of the model.
-    """
-    processor = loaded.processor
-    if getattr(processor, "chat_template", None) and not raw:
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        written = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-    else:
-        written = f"{getattr(processor, 'image_token', '<image>')}\n{prompt}\n"
-    return processor(text=written, images=picture, return_tensors="pt")
 
 
 def on_device(loaded: LoadedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -622,6 +625,8 @@ def command_line(name: str, ref: str, request: Request, settings: Settings) -> s
         ("--device", request.device, None),
         ("--dtype", request.dtype, None),
         ("--seed", request.seed, 0),
+        ("--video", request.video, None),
+        ("--frames", request.frames, None),
         ("--max-new-tokens", settings.new_tokens, None),
         ("--repeats", settings.repeats, Settings().repeats),
         ("--seconds", settings.seconds, Settings().seconds),

@@ -1,13 +1,13 @@
 import torch
 from golden_cases import Case, golden
 
-from zoo.methods.visual_tokens.information_horizon import (
+from zoo.methods.visual_tokens._token_information import (
     Information,
     answer_probability,
     most_informative,
-    random_choice,
     windows,
 )
+from zoo.methods.visual_tokens.information_horizon import random_choice
 
 
 @golden("information-horizon", "grid", "size", "xy_1based", "token_ids")

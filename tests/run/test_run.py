@@ -141,6 +141,16 @@ def test_a_stack_measures_both_ideas() -> None:
     assert "tokens-per-step" in quantities
 
 
+def test_a_stack_of_visual_token_methods_reports_each_of_them() -> None:
+    record = quick("divprune+fastv", "tiny-llava", parameters={"divprune.keep_ratio": 0.5, "fastv.layer": 2})
+    assert [report.method for report in record.reports] == ["divprune", "fastv"]
+    gone = [report.total - report.bars["visual tokens"][-1].kept for report in record.reports]
+    own, full = record.bars["KV cache (kB)"][-1]
+    tokens = record.inputs["prompt tokens"]
+    assert min(gone) > 0
+    assert own / full == pytest.approx((tokens - sum(gone)) / tokens)
+
+
 def test_bfloat16_and_a_loaded_model() -> None:
     loaded = zoo.load_model("tiny-llama", dtype="bfloat16")
     before = {name: parameter.clone() for name, parameter in loaded.model.named_parameters()}

@@ -166,12 +166,12 @@ def test_the_search_reads_every_layer_and_leaves_nothing_behind() -> None:
         for seed in range(3)
     ]
     found = received_per_layer(loaded, samples[0])
-    method = AdaptInfer.search(loaded, samples, counts=(5,))
+    method = AdaptInfer.fit(loaded, samples, counts=(5,))
     assert method.layers is not None
     assert 0 <= method.layers[0] <= 2
     assert method.counts == (5,)
     with pytest.raises(BadInput, match="without padding"):
-        AdaptInfer.search(loaded, [prompt(loaded)])
+        AdaptInfer.fit(loaded, [prompt(loaded)])
     assert loaded.model.config.text_config._attn_implementation == "sdpa"
     loaded.model.set_attn_implementation("eager")
     visual = visual_places(loaded, samples[0]["input_ids"][0])

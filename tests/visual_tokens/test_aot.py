@@ -125,3 +125,6 @@ def test_the_paper_s_setting_follows_from_the_share() -> None:
     assert AOT(anchors_per_frame=108).budget(64, 729, 0.125) == (108, 54)
     assert AOT(between_frames=False).budget(32, 100, 0.2)[0] == 20
     assert AOT().budget(1, 100, 1.0)[0] == 100
+    # Nine windows cannot share six anchors: the whole frame takes them, and none is lost.
+    assert AOT().budget(8, 36, 0.25) == (12, 0)
+    assert AOT(anchors_per_frame=12).budget(8, 36, 0.25) == (12, 6)

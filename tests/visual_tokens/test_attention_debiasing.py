@@ -129,7 +129,7 @@ def test_a_trend_that_outweighs_attention_keeps_the_first_tokens(host: str) -> N
 def test_the_fit_removes_a_trend_that_was_there() -> None:
     loaded = load("tiny-llava")
     samples = [inputs(loaded, number) for number in range(3)]
-    fitted = AttentionDebiasing.fit(loaded, samples, keep_ratio=0.5)
+    fitted = AttentionDebiasing.fit(loaded, samples, host_parameters={"keep_ratio": 0.5})
     assert fitted.sigma is not None
     rows = []
     for data in samples:

@@ -12,14 +12,13 @@ import zoo
 from zoo.engines.reductions import Keep
 from zoo.engines.tokens import Stage, TokenReducer, View
 from zoo.errors import BadInput
-from zoo.methods.visual_tokens.information_horizon import (
+from zoo.methods.visual_tokens._token_information import (
     Information,
-    InformationHorizon,
     most_informative,
-    random_choice,
     token_information,
     windows,
 )
+from zoo.methods.visual_tokens.information_horizon import InformationHorizon, random_choice
 from zoo.models import LoadedModel
 
 
@@ -138,3 +137,20 @@ def test_the_default_layer_is_that_of_the_paper() -> None:
     assert InformationHorizon(keep_ratio=1).stages(loaded.anatomy) == []
     # 38 of 284, the paper's own schedule for an average of 192 tokens
     assert InformationHorizon().count(284) == 38
+
+
+def test_fitting_puts_the_layer_at_the_horizon_of_all_samples() -> None:
+    loaded = load("tiny-llava")
+    data = inputs(loaded)
+    with torch.no_grad():
+        answer = int(loaded.model(**data).logits[0, -1].argmax())
+    measured = token_information(loaded, data, answer)
+    assert torch.equal(token_information(loaded, data).alone, measured.alone)
+    told = measured.gain.abs().mean(1)
+    threshold = float(told.min()) * 1.01
+    method = InformationHorizon.fit(loaded, [data, data], threshold=threshold, keep_tokens=3)
+    assert method == InformationHorizon(layer=measured.layers[int(told.argmin())], keep_tokens=3)
+    with pytest.raises(BadInput, match="raise it"):
+        InformationHorizon.fit(loaded, [data], threshold=float(told.min()) * 0.99)
+    with pytest.raises(BadInput, match="at least one sample"):
+        InformationHorizon.fit(loaded, [])

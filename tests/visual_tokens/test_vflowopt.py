@@ -270,8 +270,8 @@ def test_the_search_finds_what_changes_the_last_state_least() -> None:
         dict(loaded.processor(text=f"<image>\n{text}", images=[picture(seed)], return_tensors="pt"))
         for seed, text in enumerate(("What is it?", "Where?"))
     ]
-    found = VFlowOpt.search(loaded, samples, keep_ratio=0.5, calls=5, initial=3, seed=1)
-    again = VFlowOpt.search(loaded, samples, keep_ratio=0.5, calls=5, initial=3, seed=1)
+    found = VFlowOpt.fit(loaded, samples, keep_ratio=0.5, calls=5, initial=3, seed=1)
+    again = VFlowOpt.fit(loaded, samples, keep_ratio=0.5, calls=5, initial=3, seed=1)
     assert found == again
     assert found.keep_ratio == 0.5
     assert found.pixel_mean == normalisation(loaded)["pixel_mean"]
@@ -284,7 +284,7 @@ def test_the_search_finds_what_changes_the_last_state_least() -> None:
                 for h, inputs in zip(full, samples, strict=True)
             )
 
-    one = VFlowOpt.search(loaded, samples, keep_ratio=0.5, calls=1, initial=3, seed=1)
+    one = VFlowOpt.fit(loaded, samples, keep_ratio=0.5, calls=1, initial=3, seed=1)
     assert agreement(found) >= agreement(one)
     with pytest.raises(BadInput, match="0 samples"):
-        VFlowOpt.search(loaded, [])
+        VFlowOpt.fit(loaded, [])

@@ -71,9 +71,9 @@ def test_the_search_finds_what_full_passes_find(name: str) -> None:
     for wanted in layers:
         eta = float(mean[wanted - 1]) * 1.001
         first = next(layer for layer in layers if mean[layer - 1] <= eta)
-        assert VTW.search(loaded, samples, eta=eta, first=1) == VTW(layer=first)
+        assert VTW.fit(loaded, samples, eta=eta, first=1) == VTW(layer=first)
     with pytest.raises(BadInput, match="raise eta"):
-        VTW.search(loaded, samples, eta=float(mean.min()) * 0.99, first=1)
+        VTW.fit(loaded, samples, eta=float(mean.min()) * 0.99, first=1)
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in loaded.model.modules()) == hooks
 
 
@@ -81,15 +81,15 @@ def test_the_search_says_what_is_missing() -> None:
     loaded = load("tiny-llava")
     data = inputs(loaded, 0)
     with pytest.raises(BadInput, match=r"layers 1\.\.3"):
-        VTW.search(loaded, [data])  # the first candidate of the paper, 5, on four layers
+        VTW.fit(loaded, [data])  # the first candidate of the paper, 5, on four layers
     with pytest.raises(BadInput, match="at least one sample"):
-        VTW.search(loaded, [], first=1)
+        VTW.fit(loaded, [], first=1)
     with pytest.raises(BadInput, match="one sample at a time"):
-        VTW.search(loaded, [inputs(loaded, 0, 1)], first=1)
+        VTW.fit(loaded, [inputs(loaded, 0, 1)], first=1)
     with pytest.raises(BadInput, match="no image"):
-        VTW.search(loaded, [dict(loaded.processor(text=["no picture"], return_tensors="pt"))], first=1)
+        VTW.fit(loaded, [dict(loaded.processor(text=["no picture"], return_tensors="pt"))], first=1)
     with pytest.raises(Refused, match="vision-language"):
-        VTW.search(load_text_model(), [data], first=1)
+        VTW.fit(load_text_model(), [data], first=1)
 
 
 def load_text_model() -> LoadedModel:

@@ -21,7 +21,7 @@ def gallery(
         str | None,
         typer.Option("--model", "-m", help="Short name (zoo models), folder or hub id of a VLM."),
     ] = None,
-    image: Annotated[str, typer.Option("--image", help="Picture file, or china, flower.")] = "china",
+    image: Annotated[str, typer.Option("--image", help="Picture file, or china, flower, coffee.")] = "china",
     keep: Annotated[
         float | None,
         typer.Option("--keep", help="keep_ratio of methods that have one. Default: their own."),

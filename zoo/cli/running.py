@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -17,6 +17,9 @@ from zoo.errors import BadInput
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
+
+    from zoo.live import LiveText
 
 
 class Family(str, Enum):
@@ -40,15 +43,33 @@ def run(
         list[str] | None,
         typer.Option("--set", "-s", metavar="NAME=VALUE", help="A parameter of the method; repeatable."),
     ] = None,
+    params: Annotated[
+        list[Path] | None,
+        typer.Option("--params", metavar="FILE", help="Parameters that zoo fit found; --set overrides them."),
+    ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue or answer.")] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="The same, from a file.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Do not put the prompt into the chat template.")] = False,
     image: Annotated[
         list[str] | None,
-        typer.Option("--image", help="Picture file, or china, flower; repeatable for encoders."),
+        typer.Option("--image", help="Picture file, or china, flower, coffee; repeatable."),
+    ] = None,
+    video: Annotated[
+        Path | None,
+        typer.Option(
+            "--video", help="Folder of frames, animated GIF or video file, for vision-language models."
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option("--frames", min=1, help="Frames taken of the video, at equal distances.")
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option("--calibration", help="Text for pruning: .txt, .jsonl or .json.")
+        str | None,
+        typer.Option(
+            "--calibration",
+            metavar="FILE",
+            help="Text for pruning: .txt, .jsonl, .json, .parquet, or hub:OWNER/NAME[@CONFIG][:SPLIT[:COLUMN]].",
+        ),
     ] = None,
     calibration_windows: Annotated[
         int, typer.Option("--calibration-windows", min=1, help="Windows of 128 tokens drawn from it.")
@@ -81,22 +102,33 @@ def run(
             "--overlay", metavar="FILE", help="Draw the visual tokens that stay (PNG). --report does it too."
         ),
     ] = None,
+    draw_tree: Annotated[
+        bool, typer.Option("--draw-tree", help="Draw the draft of the step that accepted most tokens.")
+    ] = False,
     as_json: Json = False,
     no_record: Annotated[
         bool, typer.Option("--no-record", help="Do not store the run in your catalogue.")
     ] = False,
 ) -> None:
     """Run a method on a model, measured side by side with the unmodified model."""
+    from rich.console import Console
+
     from zoo.bench.record import RunRecord
     from zoo.bench.settings import Settings
+    from zoo.fitting import read_parameters
     from zoo.runner import Request, RunInterrupted, parse_assignments
     from zoo.runner import run as run_method
 
+    given: dict[str, Any] = {}
+    for file in params or ():
+        given |= read_parameters(file, method)
     request = Request(
-        parameters=parse_assignments(assignments or []),
+        parameters=given | parse_assignments(assignments or []),
         prompt=_prompt(prompt, prompt_file),
         raw=raw,
         images=tuple(image or ()),
+        video=video,
+        frames=frames,
         calibration=calibration,
         calibration_windows=calibration_windows,
         draft=draft,
@@ -109,21 +141,24 @@ def run(
         store=not no_record,
     )
     settings = Settings(repeats=repeats, seconds=seconds, new_tokens=max_new_tokens)
+    console = Console(highlight=False)
     record: RunRecord
     interrupted = False
     with progress_line() as progress:
+        live = _live_text(method, console, progress, console.is_terminal and not as_json, draw_tree)
+        watch = None if live is None else live.follow
         try:
-            record = run_method(method, model, request, settings=settings, progress=progress)
+            record = run_method(method, model, request, settings=settings, progress=progress, watch=watch)
         except RunInterrupted as interrupt:
             record, interrupted = interrupt.record, True
     if as_json:
         sys.stdout.write(record.to_json() + "\n")
     else:
-        from rich.console import Console
-
         from zoo.panels import draw
 
-        draw(record, Console(highlight=False))
+        draw(record, console)
+        if live is not None and draw_tree:
+            console.print(live.tree())
     if report is not None:
         typer.echo(f"report: {report / 'report.html'}", err=True)
     if "overlay" in record.inputs:
@@ -134,6 +169,22 @@ def run(
             err=True,
         )
         raise typer.Exit(130)
+
+
+def _live_text(
+    method: str, console: Console, progress: ProgressLine, stream: bool, draw_tree: bool
+) -> LiveText | None:
+    """What follows a generation on the terminal, when the method decodes and somebody looks."""
+    from zoo.interface import method_class
+    from zoo.live import LiveText
+
+    if not stream and not draw_tree:
+        return None
+    if all(method_class(slug.strip()).phase != "decoding" for slug in method.split("+")):
+        if draw_tree:
+            raise BadInput(f"{method} drafts nothing, so there is no tree to draw")
+        return None
+    return LiveText(console, stream=stream, pause=progress.pause)
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str | None:
@@ -151,33 +202,53 @@ def _prompt(prompt: str | None, file: Path | None) -> str | None:
         ) from None
 
 
-@contextmanager
-def progress_line() -> Iterator[Callable[[str, int, int], None]]:
-    """A line on standard error that says what is going on; silent when that is not a terminal.
+class ProgressLine:
+    """A line that says what is going on, on a terminal or nowhere.
 
     It is redrawn when something is reported and never by a thread of its own, which would be measured too.
     """
+
+    def __init__(self, bar: Progress | None) -> None:
+        self._bar = bar
+        self._line = None if bar is None else bar.add_task("", total=None)
+        self._latest = ""
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Say what is being done, how much of it is done, and of how much (0: unknown)."""
+        if self._bar is None or self._line is None:
+            return
+        if what != self._latest:
+            self._latest = what
+            self._bar.reset(self._line)
+        self._bar.update(self._line, description=what, completed=done, total=total or None)
+        self._bar.refresh()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the terminal to others meanwhile."""
+        if self._bar is None:
+            yield
+            return
+        self._bar.stop()
+        try:
+            yield
+        finally:
+            self._bar.start()
+
+
+@contextmanager
+def progress_line() -> Iterator[ProgressLine]:
+    """A line on standard error for the duration of some work; silent when that is not a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda *_: None
+        yield ProgressLine(None)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
-        line = bar.add_task("", total=None)
-        latest = ""
-
-        def show(what: str, done: int, total: int) -> None:
-            nonlocal latest
-            if what != latest:
-                latest = what
-                bar.reset(line)
-            bar.update(line, description=what, completed=done, total=total or None)
-            bar.refresh()
-
-        yield show
+        yield ProgressLine(bar)
 
 
 def models(as_json: Json = False) -> None:

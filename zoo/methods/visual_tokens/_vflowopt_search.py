@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,9 +53,10 @@ def search(
     calls: int,
     initial: int,
     seed: int,
+    progress: Callable[[int, int], None] | None,
     parameters: Mapping[str, Any],
 ) -> VFlowOpt:
-    """See ``VFlowOpt.search``."""
+    """See ``VFlowOpt.fit``."""
     samples = list(samples)
     if not samples or calls < 1 or not 0 < keep_ratio < 1:
         raise BadInput(
@@ -81,7 +82,9 @@ def search(
     full = [final_state(loaded, inputs) for inputs in samples]
     lengths = cls(keep_ratio=keep_ratio, **fixed).lengths(loaded.anatomy)
     knobs = Search(bounds(keep_ratio, lengths), initial, seed)
-    for _ in range(calls):
+    for call in range(calls):
+        if progress is not None:
+            progress(call, calls)
         with method(knobs.ask()).apply(loaded):
             found = [agreement(h, final_state(loaded, x)) for h, x in zip(full, samples, strict=True)]
         knobs.tell(-sum(found))

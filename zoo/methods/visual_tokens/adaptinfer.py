@@ -3,7 +3,7 @@
 After three decoder layers, visual tokens are ranked by the attention that text pays them in that layer. Every text row
 is weighted, head by head, by how much attention it exchanges with the other text in the same layer, so the guidance
 follows the model. Which three layers: where the attention that visual tokens receive shifts, found once per model on
-samples (``AdaptInfer.search``).
+samples (``AdaptInfer.fit``).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class AdaptInfer(KeepsShare, VisualTokenReducer):
         None,
         min_length=1,
         description="Layers after which tokens leave, from 0. None = 1, 10 and 20 of 32, in proportion; "
-        "AdaptInfer.search finds them on samples.",
+        "AdaptInfer.fit finds them on samples.",
     )
     counts: tuple[int, ...] | None = Field(
         None,
@@ -113,7 +113,7 @@ class AdaptInfer(KeepsShare, VisualTokenReducer):
         return max(0, min(count, present - 1))
 
     @classmethod
-    def search(
+    def fit(
         cls,
         loaded: LoadedModel,
         samples: Iterable[Mapping[str, Any]],

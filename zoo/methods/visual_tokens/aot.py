@@ -153,7 +153,11 @@ class AOT(KeepsShare, VisualTokenReducer):
         out = sum(2 + (length - 1) * self.new_ratio if length > 1 else 1 for length in self.lengths(frames))
         wanted = round(share * size * (frames / out if self.between_frames else 1))
         number = min(size, self.anchors_per_frame or max(1, wanted))
-        return number, int(number * (1 - self.global_ratio))
+        local = int(number * (1 - self.global_ratio))
+        if self.anchors_per_frame is None:
+            # Windows take equally many; what would be left over goes to the whole frame, so that the share is met.
+            local -= local % self.windows**2
+        return number, local
 
     def weave(
         self, anchors: Sequence[torch.Tensor], mixes: Sequence[torch.Tensor], mask: torch.Tensor

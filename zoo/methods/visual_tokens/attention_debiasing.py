@@ -161,8 +161,9 @@ class AttentionDebiasing(VisualTokenModifier):
         cls,
         loaded: LoadedModel,
         samples: Iterable[Mapping[str, Any]],
+        *,
         host: str = "fastv",
-        **host_parameters: Any,
+        host_parameters: Mapping[str, Any] | None = None,
     ) -> AttentionDebiasing:
         """The method with the trend that the scores of ``host`` have on average over some samples.
 
@@ -175,9 +176,9 @@ class AttentionDebiasing(VisualTokenModifier):
         Raises:
             BadInput: no sample, or the host does not rank by the attention of text.
         """
-        own = cls(host=host, host_parameters=host_parameters)
+        own = cls(host=host, host_parameters=dict(host_parameters or {}))
         seen = attention_read(cls.slug, loaded, own.hosting.stages(loaded.anatomy), samples)
-        return cls(sigma=fit_trend(*seen), host=host, host_parameters=host_parameters)
+        return own.model_copy(update={"sigma": fit_trend(*seen)})
 
 
 def debiased(attention: torch.Tensor, weight: torch.Tensor, content: torch.Tensor) -> torch.Tensor:

@@ -3,12 +3,12 @@
 One importance map per picture, made in the vision encoder, serves three cuts. Important is what the most attended
 patches (attention sinks) attend to, plus patch entropy. Before the LLM the least important tokens are merged inside the
 cells of a grid; in front of two decoder layers the next ones leave. All knobs come from a search that keeps the
-last token's final state near the unpruned one (``VFlowOpt.search``).
+last token's final state near the unpruned one (``VFlowOpt.fit``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -205,7 +205,7 @@ class VFlowOpt(KeepsShare, VisualTokenReducer):
         return keep(most(importance, self.plan(view.total, lengths).shares[cut]))
 
     @classmethod
-    def search(
+    def fit(
         cls,
         loaded: LoadedModel,
         samples: Iterable[Mapping[str, Any]],
@@ -214,6 +214,7 @@ class VFlowOpt(KeepsShare, VisualTokenReducer):
         calls: int = 300,
         initial: int = 27,
         seed: int = 42,
+        progress: Callable[[int, int], None] | None = None,
         **parameters: Any,
     ) -> VFlowOpt:
         """The method with the knobs that change the last token's final state least, by Bayesian optimisation.
@@ -225,6 +226,7 @@ class VFlowOpt(KeepsShare, VisualTokenReducer):
             calls: settings that are tried, each on all samples.
             initial: how many of them are random.
             seed: of the search.
+            progress: called with the settings tried and their number.
             parameters: other fields of the method.
 
         Raises:
@@ -233,7 +235,15 @@ class VFlowOpt(KeepsShare, VisualTokenReducer):
         from zoo.methods.visual_tokens._vflowopt_search import search
 
         return search(
-            cls, loaded, samples, keep_ratio, calls=calls, initial=initial, seed=seed, parameters=parameters
+            cls,
+            loaded,
+            samples,
+            keep_ratio,
+            calls=calls,
+            initial=initial,
+            seed=seed,
+            progress=progress,
+            parameters=parameters,
         )
 
 

@@ -2,7 +2,7 @@
 
 In front of one decoder layer K all visual tokens leave; deeper layers run on the text alone. Nothing is scored while
 the model runs: K is chosen once per model and task, as the first layer whose withdrawal changes the next-token
-distribution by less than a KL threshold, over a few samples (``VTW.search``).
+distribution by less than a KL threshold, over a few samples (``VTW.fit``).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class VTW(VisualTokenReducer):
         None,
         ge=1,
         description="First decoder layer without visual tokens (the paper's K), counted from 0. None = half of the "
-        "depth: 16 of 32 and 20 of 40, as in the release; VTW.search finds it on samples.",
+        "depth: 16 of 32 and 20 of 40, as in the release; VTW.fit finds it on samples.",
     )
     position_ids: Positions = Field(
         "keep",
@@ -56,7 +56,7 @@ class VTW(VisualTokenReducer):
         return Keep(view.index.new_empty(1, 0))
 
     @classmethod
-    def search(
+    def fit(
         cls,
         loaded: LoadedModel,
         samples: Iterable[Mapping[str, Any]],
@@ -88,7 +88,7 @@ class VTW(VisualTokenReducer):
             withdrawn = [branches.logits_from(layer, text) for layer in range(first, branches.depth)]
             rows.append(withdrawal_divergence(branches.logits, torch.cat(withdrawn)))
         if not rows:
-            raise BadInput("vtw: the search needs at least one sample")
+            raise BadInput("vtw: fitting needs at least one sample")
         return cls(layer=first_below(torch.stack(rows), eta, first))
 
 
