@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,3 +55,21 @@ def peak_bytes(device: torch.device, work: Callable[[], Any]) -> int | None:
     work()
     torch.cuda.synchronize(device)
     return int(torch.cuda.max_memory_allocated(device))
+
+
+def peak_resident(*, reset: bool = False) -> int:
+    """Most main memory this process has held, in bytes; 0 where the system does not tell.
+
+    Args:
+        reset: forget the peak first (Linux), so that the next call tells the peak since this one.
+    """
+    status = Path("/proc/self/status")
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux, or not permitted
+    return 0

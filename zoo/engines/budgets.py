@@ -113,3 +113,10 @@ def keep_one(mask: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     guarded = mask.clone()
     guarded[scores.argmax()] = True
     return guarded
+
+
+def round_keeping_sum(values: torch.Tensor) -> torch.Tensor:
+    """Whole numbers next to ``values [n]`` that add up to their rounded sum: the largest remainders are rounded up."""
+    whole = values.floor()
+    missing = round(float((values - whole).sum()))
+    return whole.index_add(0, (values - whole).argsort(descending=True)[:missing], whole.new_ones(missing))

@@ -13,13 +13,14 @@ give the next layer the inputs that the pruned model produces.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 
+from zoo.engines.stepping import evaluating, layer_arguments, moved, run_layer, to_device
 from zoo.errors import BadInput, RunFailed
 from zoo.models.anatomy import Decoder, DecoderLayer, LinearPart
 
@@ -152,16 +153,17 @@ def stream(
     home = decoder.embed.weight.device
     target = torch.device(device) if device is not None else home
     seen: list[dict[str, Any]] = []
-    with torch.no_grad(), _evaluating(decoder.module):
+    with torch.no_grad(), evaluating(decoder.module):
         hidden, batches = _prepare(decoder, input_ids.to(home), attention_mask, batch)
         for index, layer in enumerate(decoder.layers):
-            watches = observe(layer)
-            with _moved(layer.module, target):
-                _run_layer(index, layer, watches, hidden, batches, target, keep=prune is None)
+            watches, last = observe(layer), index == len(decoder.layers) - 1
+            with moved(layer.module, target):
+                _run_layer(index, layer, watches, hidden, batches, target, keep=prune is None and not last)
                 observers = {name: watch.observer for name, watch in watches.items()}
                 if prune is not None:
                     prune(index, observers)
-                    _run_layer(index, layer, {}, hidden, batches, target, keep=True)
+                    if not last:
+                        _run_layer(index, layer, {}, hidden, batches, target, keep=True)
             seen.append(observers)
             if progress is not None:
                 progress(index + 1, len(decoder.layers))
@@ -198,50 +200,13 @@ def _prepare(
         rows = slice(start, min(start + batch, count))
         ids = input_ids[rows]
         valid = None if mask is None or bool(mask[rows].all()) else mask[rows].bool()
-        embedded, arguments = _layer_arguments(decoder, ids, valid)
+        embedded, arguments = layer_arguments(decoder, ids, valid)
         hidden[rows] = embedded
         if valid is None:
             # Without padding the arguments depend on the shape alone: one set serves all batches.
             arguments = unpadded.setdefault(ids.shape[0], arguments)
         batches.append(_Batch(rows, valid, arguments))
     return hidden, batches
-
-
-def _layer_arguments(
-    decoder: Decoder, ids: torch.Tensor, valid: torch.Tensor | None
-) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    """Run the inner model with every layer standing still: what enters the first one, and each one's arguments."""
-    entered: list[torch.Tensor] = []
-    arguments: list[dict[str, Any]] = []
-
-    def stand_still(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        entered.append(hidden_states)
-        arguments.append(kwargs)
-        return hidden_states
-
-    inputs: dict[str, Any] = {}
-    if valid is not None:
-        inputs["attention_mask"] = valid.long()
-        inputs["position_ids"] = (valid.long().cumsum(1) - 1).clamp(min=0)
-    with ExitStack() as undo:
-        for layer in decoder.layers:
-            undo.enter_context(_forward_replaced(layer.module, stand_still))
-        decoder.module(input_ids=ids, use_cache=False, **inputs)
-    return entered[0], arguments
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let this one module run ``forward``; the class is untouched, the instance restored."""
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
 
 
 def _run_layer(
@@ -270,8 +235,7 @@ def _run_layer(
                 undo.callback(module.register_forward_pre_hook(see).remove)
         for current in batches:
             before = hidden[current.rows].to(device)
-            after = layer.module(before, **_to(current.arguments[index], device))
-            after = after[0] if isinstance(after, tuple) else after
+            after = run_layer(layer.module, before, to_device(current.arguments[index], device))
             finite = torch.isfinite(after).all(-1)
             if not bool((finite if current.valid is None else finite[current.valid.to(device)]).all()):
                 raise RunFailed(
@@ -283,50 +247,3 @@ def _run_layer(
                     observer.update(x, y)
             if keep:
                 hidden[current.rows] = after.to(hidden.device)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    """Move the tensors of nested arguments."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_to(item, device) for item in value)
-    return value
-
-
-@contextmanager
-def _moved(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Have ``module`` on ``device`` for a while.
-
-    What was there before is put back, not copied back; tensors that appeared meanwhile (a pruned layer's) follow home.
-    """
-    before = {id(tensor): (tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers())}
-    homes = {data.device for _, data in before.values()}
-    if homes <= {device}:
-        yield
-        return
-    home = next(iter(homes))
-    try:
-        for tensor, data in before.values():
-            tensor.data = data.to(device)
-        yield
-    finally:
-        for tensor, data in before.values():
-            tensor.data = data
-        for tensor in (*module.parameters(), *module.buffers()):
-            if id(tensor) not in before:
-                tensor.data = tensor.data.to(home)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """``eval`` mode (no dropout) for a while."""
-    training = [child for child in module.modules() if child.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child in training:
-            child.training = True

@@ -7,13 +7,20 @@ storage, so a pruned copy costs only what it rebuilds, and the original keeps ev
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from zoo.models.anatomy import Attention, Decoder, LinearPart, Mlp
+from zoo.models.modeling_pruned import (
+    mark_layers_without_cache,
+    remove_attention,
+    remove_mlp,
+    set_heads,
+)
 
 
 def share_parameters(model: nn.Module) -> Any:
@@ -128,9 +135,8 @@ def keep_heads(attention: Attention, heads: torch.Tensor, output_bias: torch.Ten
         if output_bias is not None:
             cuts.add_bias(attention.output, output_bias)
         cuts.apply()
-        # Attention functions repeat keys and values by this attribute; shapes tell modules everything else.
         module: Any = attention.module
-        module.num_key_value_groups = int(left[0])
+        set_heads(module, int(heads.sum()), int(groups.sum()), module.config)
 
 
 def keep_channels(mlp: Mlp, channels: torch.Tensor, down_bias: torch.Tensor | None = None) -> None:
@@ -176,3 +182,94 @@ def cut_layers(decoder: Decoder, cuts: list[LayerCut]) -> None:
             keep_heads(layer.attention, cut.heads, cut.output_bias)
         if cut.channels is not None:
             keep_channels(layer.mlp, cut.channels, cut.down_bias)
+
+
+# --- whole layers and their halves ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, order=True)
+class Block:
+    """What may leave of the decoder's depth: layer ``index``, or only its attention or its feed-forward block."""
+
+    index: int
+    part: Literal["layer", "attention", "mlp"] = "layer"
+
+    def __str__(self) -> str:
+        return f"{self.part} {self.index}"
+
+
+def remove_blocks(decoder: Decoder, blocks: Collection[Block]) -> None:
+    """Remove layers, and attention or feed-forward blocks of layers.
+
+    A layer that loses both halves leaves. What stays keeps its order; the numbers by which attention finds its place in
+    the KV cache, ``num_hidden_layers`` and ``layer_types`` of the configuration follow.
+
+    Args:
+        decoder: its modules and its configuration are changed.
+        blocks: numbered as in ``decoder.layers``.
+
+    Raises:
+        ValueError: there is no such layer, or no layer or no attention would be left.
+    """
+    count = len(decoder.layers)
+    if any(not 0 <= block.index < count for block in blocks):
+        raise ValueError(f"this decoder has layers 0 to {count - 1}")
+    without = {part: {block.index for block in blocks if block.part == part} for part in ("attention", "mlp")}
+    for index, layer in enumerate(decoder.layers):
+        if not layer.attention.heads:
+            without["attention"].add(index)
+        if not layer.mlp.width:
+            without["mlp"].add(index)
+    gone = {block.index for block in blocks if block.part == "layer"}
+    gone |= without["attention"] & without["mlp"]
+    kept = [index for index in range(count) if index not in gone]
+    if not set(kept) - without["attention"]:
+        raise ValueError("a decoder needs at least one layer with attention")
+    for index in kept:
+        layer = decoder.layers[index]
+        if index in without["attention"] and layer.attention.heads:
+            remove_attention(layer.module)
+        if index in without["mlp"] and layer.mlp.width:
+            remove_mlp(layer.module)
+    _keep_layers(decoder, kept)
+
+
+def _keep_layers(decoder: Decoder, kept: list[int]) -> None:
+    modules: list[Any] = [decoder.stack[index] for index in kept]
+    # The list object stays: other modules may hold it.
+    while len(decoder.stack):
+        del decoder.stack[-1]
+    for place, module in enumerate(modules):
+        for part in (module, module.self_attn):
+            if hasattr(part, "layer_idx"):
+                part.layer_idx = place
+        decoder.stack.append(module)
+    config = decoder.config
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = [config.layer_types[index] for index in kept]
+    mark_layers_without_cache(modules, config)
+
+
+# --- single weights ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def replace_weights(weights: Iterable[tuple[LinearPart, torch.Tensor]]) -> None:
+    """Give linears new weights ``[out, in]`` of the same shape, in new storage; biases stay.
+
+    Raises:
+        ValueError: a weight has another shape than the one it replaces.
+    """
+    whole: dict[tuple[int, str], tuple[LinearPart, torch.Tensor]] = {}
+    for part, weight in weights:
+        if weight.shape != part.weight.shape:
+            raise ValueError(
+                f"a new {part.name} has shape {list(weight.shape)}, not {list(part.weight.shape)}"
+            )
+        old = part.linear.weight
+        _, new = whole.setdefault((id(part.owner), part.name), (part, old.detach().clone()))
+        new[slice(*part.rows) if part.rows else slice(None)] = weight.to(old.device, old.dtype)
+    for part, new in whole.values():
+        linear = part.linear
+        linear.weight = nn.Parameter(new, requires_grad=linear.weight.requires_grad)

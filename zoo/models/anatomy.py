@@ -55,7 +55,11 @@ class LinearPart:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Apply these rows to ``x [..., in]``."""
-        return nn.functional.linear(x, self.weight, self.bias)
+        if type(self.linear) is nn.Linear:
+            return nn.functional.linear(x, self.weight, self.bias)
+        # A layer that is more than its weight.
+        output: torch.Tensor = self.linear(x)
+        return output if self.rows is None else output[..., slice(*self.rows)]
 
 
 @dataclass(frozen=True)
@@ -110,13 +114,50 @@ class Mlp:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """One pre-norm decoder layer."""
+    """One pre-norm decoder layer: ``h = x + attention(input_norm(x))``, then ``h + mlp(post_norm(h))``.
+
+    Some architectures normalise what the two blocks add, too (``attention_norm``, ``mlp_norm``). Where the residual
+    stream was rotated and sliced, the shortcuts are matrices. An attention that was removed has no heads, a removed
+    feed-forward block no width; their linears are empty.
+    """
 
     module: nn.Module
     input_norm: nn.Module
     attention: Attention
     post_norm: nn.Module
     mlp: Mlp
+    attention_norm: nn.Module | None = None
+    mlp_norm: nn.Module | None = None
+    attention_shortcut: nn.Linear | None = None
+    mlp_shortcut: nn.Linear | None = None
+
+    @property
+    def by_input(self) -> dict[str, tuple[LinearPart, ...]]:
+        """All linears of the layer, those that read the same activations together.
+
+        ``attention`` (query, key, value), ``output``, ``mlp`` (gate, up) and ``down``; without a part that was removed.
+        """
+        attention, mlp = self.attention, self.mlp
+        groups: dict[str, tuple[LinearPart, ...]] = {}
+        if attention.heads:
+            groups |= {
+                "attention": (attention.query, attention.key, attention.value),
+                "output": (attention.output,),
+            }
+        if mlp.width:
+            groups |= {"mlp": mlp.inputs, "down": (mlp.down,)}
+        return groups
+
+    @property
+    def linears(self) -> tuple[LinearPart, ...]:
+        """All linears of the layer."""
+        return tuple(part for parts in self.by_input.values() for part in parts)
+
+    @property
+    def places(self) -> tuple[LinearPart, ...]:
+        """Where linears should be, whatever is there: parts that were removed, or modules that are no ``nn.Linear``."""
+        attention, mlp = self.attention, self.mlp
+        return (attention.query, attention.key, attention.value, attention.output, *mlp.inputs, mlp.down)
 
 
 @dataclass(frozen=True)
@@ -144,19 +185,15 @@ class Decoder:
         return "mrope_section" in (getattr(self.config, "rope_parameters", None) or {})
 
     def prunable_parameters(self) -> int:
-        """Weights of all decoder-layer linears (embeddings, norms, biases and head not counted)."""
-        return sum(
-            part.weight.numel()
-            for layer in self.layers
-            for part in (
-                layer.attention.query,
-                layer.attention.key,
-                layer.attention.value,
-                layer.attention.output,
-                *layer.mlp.inputs,
-                layer.mlp.down,
-            )
+        """Weights of all decoder-layer linears and shortcuts (embeddings, norms, biases and head not counted)."""
+        shortcuts = (s for layer in self.layers for s in (layer.attention_shortcut, layer.mlp_shortcut))
+        return sum(part.weight.numel() for layer in self.layers for part in layer.linears) + sum(
+            shortcut.weight.numel() for shortcut in shortcuts if shortcut is not None
         )
+
+
+class TextEncoder(Decoder):
+    """A bidirectional encoder of text, seen through the same parts: no head, no cache, norms behind the blocks."""
 
 
 @dataclass(frozen=True)
@@ -201,9 +238,10 @@ class Encoder:
 class Anatomy:
     """All parts of one model. What an architecture lacks is ``None``."""
 
-    kind: Literal["decoder", "encoder", "vlm"]
+    kind: Literal["decoder", "encoder", "vlm", "embedding"]
     model_type: str
     decoder: Decoder | None = None
+    text_encoder: TextEncoder | None = None
     encoder: Encoder | None = None
     projector: nn.Module | None = None
     vlm: nn.Module | None = None
@@ -227,7 +265,12 @@ class Anatomy:
     @property
     def description(self) -> str:
         """For refusals: ``llama (decoder LLM)``."""
-        names = {"decoder": "decoder LLM", "encoder": "vision encoder", "vlm": "vision-language model"}
+        names = {
+            "decoder": "decoder LLM",
+            "encoder": "vision encoder",
+            "vlm": "vision-language model",
+            "embedding": "text encoder",
+        }
         return f"{self.model_type} ({names[self.kind]})"
 
 
@@ -253,10 +296,13 @@ def anatomy_of(model: Any) -> Anatomy:
         Refused: the architecture is not known; the message lists those that are.
     """
     from zoo.models import (  # noqa: F401 - they register themselves
+        bert_like,
+        gemma_like,
         idefics_like,
         internvl_like,
         llama_like,
         llava_like,
+        phi_like,
         qwen_vl_like,
         vit_like,
     )

@@ -349,4 +349,19 @@ def _onnx() -> Any:
     return onnx
 
 
-_RECIPES: dict[str, Recipe] = {"llama_gguf": llama_gguf, "llama2c": llama2c, "dinov2_onnx": dinov2_onnx}
+# --- ready-made folders ---------------------------------------------------------------------------------------
+
+
+def transformers_folder(member: Path, folder: Path) -> None:
+    """Safetensors with configuration and tokenizer beside them: taken over as they are."""
+    for file in member.parent.iterdir():
+        if file.suffix in (".json", ".safetensors"):
+            shutil.copyfile(file, folder / file.name)
+
+
+_RECIPES: dict[str, Recipe] = {
+    "llama_gguf": llama_gguf,
+    "llama2c": llama2c,
+    "dinov2_onnx": dinov2_onnx,
+    "transformers_folder": transformers_folder,
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -9,39 +10,54 @@ from torch import nn
 from zoo.models.anatomy import Anatomy, Attention, Decoder, DecoderLayer, LinearPart, Mlp, architecture
 
 
-def decoder_parts(inner: Any, head: nn.Linear | None) -> Decoder:
+def attention_parts(module: Any) -> Attention:
+    """Parts of an attention module with ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``."""
+    return Attention(
+        module=module,
+        query=LinearPart(module, "q_proj"),
+        key=LinearPart(module, "k_proj"),
+        value=LinearPart(module, "v_proj"),
+        output=LinearPart(module, "o_proj"),
+        head_dim=module.head_dim,
+        scaling=module.scaling,
+        query_norm=getattr(module, "q_norm", None),
+        key_norm=getattr(module, "k_norm", None),
+    )
+
+
+def mlp_parts(module: Any) -> Mlp:
+    """Parts of a gated MLP with ``gate_proj``, ``up_proj`` and ``down_proj``."""
+    return Mlp(
+        module=module,
+        gate=LinearPart(module, "gate_proj"),
+        up=LinearPart(module, "up_proj"),
+        down=LinearPart(module, "down_proj"),
+    )
+
+
+def decoder_parts(
+    inner: Any,
+    head: nn.Linear | None,
+    attention: Callable[[Any], Attention] = attention_parts,
+    mlp: Callable[[Any], Mlp] = mlp_parts,
+) -> Decoder:
     """Parts of an inner ``LlamaModel``-shaped module and its LM head."""
-    layers = []
-    for layer in inner.layers:
-        attention = layer.self_attn
-        layers.append(
-            DecoderLayer(
-                module=layer,
-                input_norm=layer.input_layernorm,
-                attention=Attention(
-                    module=attention,
-                    query=LinearPart(attention, "q_proj"),
-                    key=LinearPart(attention, "k_proj"),
-                    value=LinearPart(attention, "v_proj"),
-                    output=LinearPart(attention, "o_proj"),
-                    head_dim=attention.head_dim,
-                    scaling=attention.scaling,
-                    query_norm=getattr(attention, "q_norm", None),
-                    key_norm=getattr(attention, "k_norm", None),
-                ),
-                post_norm=layer.post_attention_layernorm,
-                mlp=Mlp(
-                    module=layer.mlp,
-                    gate=LinearPart(layer.mlp, "gate_proj"),
-                    up=LinearPart(layer.mlp, "up_proj"),
-                    down=LinearPart(layer.mlp, "down_proj"),
-                ),
-            )
+    layers = tuple(
+        DecoderLayer(
+            module=layer,
+            input_norm=layer.input_layernorm,
+            attention=attention(layer.self_attn),
+            post_norm=layer.post_attention_layernorm,
+            mlp=mlp(layer.mlp),
+            attention_shortcut=getattr(layer, "attention_shortcut", None),
+            mlp_shortcut=getattr(layer, "mlp_shortcut", None),
         )
+        for layer in inner.layers
+    )
     return Decoder(
         module=inner,
         embed=inner.embed_tokens,
-        layers=tuple(layers),
+        layers=layers,
         norm=inner.norm,
         rotary=inner.rotary_emb,
         head=head,

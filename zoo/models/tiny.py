@@ -141,12 +141,12 @@ def _image_processor(kind: str, size: int) -> Any:
         return AutoImageProcessor.from_pretrained(folder)
 
 
-def _decoder(kind: str, **own: Any) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
+def _decoder(kind: str, model: str | None = None, **own: Any) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
     def build(changes: dict[str, Any]) -> tuple[Any, Any]:
         import transformers
 
         config = getattr(transformers, f"{kind}Config")(**{**_DECODER, **own, **changes})
-        return getattr(transformers, f"{kind}ForCausalLM")(config), byte_tokenizer()
+        return getattr(transformers, f"{model or kind}ForCausalLM")(config), byte_tokenizer()
 
     return build
 
@@ -219,6 +219,16 @@ _BUILDERS: dict[str, Callable[[dict[str, Any]], tuple[Any, Any]]] = {
     "tiny-qwen2": _decoder("Qwen2", tie_word_embeddings=True),
     "tiny-qwen3": _decoder("Qwen3", head_dim=24),
     "tiny-mistral": _decoder("Mistral", sliding_window=None),
+    "tiny-gemma3": _decoder(
+        "Gemma3Text",
+        "Gemma3",
+        head_dim=24,
+        query_pre_attn_scalar=24,
+        sliding_window=8,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        tie_word_embeddings=True,
+    ),
+    "tiny-phi3": _decoder("Phi3"),
     "tiny-vit": _encoder("ViT", "ViTImageProcessor", "ForImageClassification", num_labels=10),
     "tiny-deit": _encoder("DeiT", "DeiTImageProcessor"),
     "tiny-dinov2": _encoder("Dinov2", "BitImageProcessor", mlp_ratio=2),

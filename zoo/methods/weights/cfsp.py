@@ -4,6 +4,8 @@ Wang et al.: CFSP: An Efficient Structured Pruning Framework for LLMs with Coars
 COLING 2025 (arXiv 2409.13199). Coarse: the more a layer turns its hidden states, the more channels it keeps. Fine:
 channels are ranked by their activation norm and relative weights. Attention is left alone.
 
+Recovery (``zoo train cfsp``): LoRA whose rank in each layer follows the layer's coarse importance.
+
 In the authors' code a relative weight is normalised over the axis that is averaged afterwards, so every such term is
 the same for all channels and activations alone rank them; ``relative_to="layer"`` normalises over channels instead.
 """
@@ -11,19 +13,24 @@ the same for all channels and activations alone rank them; ``relative_to="layer"
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 
 from zoo.engines.budgets import sigmoid_keep_ratios, top_threshold
+from zoo.engines.lora import shared_ranks
 from zoo.engines.scores import weight_times_norm
-from zoo.engines.statistics import BlockDistance, BlockMetric, SquareSum, Watch
+from zoo.engines.statistics import BlockDistance, BlockMetric, SquareSum, Watch, stream
 from zoo.engines.surgery import LayerCut
+from zoo.engines.training import Recipe
 from zoo.errors import BadParameter
+from zoo.families.recovery import LoraRecovery
 from zoo.families.weights import WeightPruner
 from zoo.interface import register
+from zoo.models import LoadedModel
 from zoo.models.anatomy import Decoder, DecoderLayer, Mlp
+from zoo.training import Setting
 
 Fine = Literal["three_w_one_wa", "three_w_one_a", "one_wa", "one_a", "wanda_base", "mag_base"]
 
@@ -40,12 +47,14 @@ def relative(matrix: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 @register("cfsp")
-class Cfsp(WeightPruner):
-    """Coarse-to-fine structured pruning of FFN channels.
+class Cfsp(LoraRecovery, WeightPruner):
+    """Coarse-to-fine structured pruning of FFN channels, and recovery with importance-guided adapters.
 
     The paper's ratio counts FFN channels. ``sparsity`` counts all decoder weights, so it is converted; give
     ``ffn_sparsity`` instead to set the paper's ratio itself.
     """
+
+    recipe: ClassVar[Recipe] = Recipe(learning_rate=1e-4, epochs=2, batch=8, accumulate=8)
 
     ffn_sparsity: float | None = Field(
         None, ge=0, lt=1, description="The paper's pruning ratio: mean fraction of FFN channels to remove."
@@ -150,3 +159,15 @@ class Cfsp(WeightPruner):
             "paper's pruning ratio": round(self.channel_ratio(decoder), 6),
             "FFN channels removed": round(1 - kept / total, 6),
         }
+
+    def adapter_ranks(self, dense: LoadedModel, pruned: LoadedModel, setting: Setting) -> list[int]:
+        """Ranks in proportion to the coarse importance of the layers, measured on the model that was given."""
+        decoder = dense.anatomy.decoder
+        assert decoder is not None
+        windows = self.calibration_windows(dense, setting)
+
+        def observe(layer: DecoderLayer) -> dict[str, Watch]:
+            return {"distance": Watch("layer", BlockDistance(self.coarse))}
+
+        scores, _ = self.keep_ratios(decoder, stream(decoder, windows, observe))
+        return shared_ranks(scores.tolist(), self.recovery_rank)
