@@ -24,6 +24,7 @@ _HOMES = {
     "implemented": "zoo.interface",
     "register": "zoo.interface",
     "run": "zoo.runner",
+    "train": "zoo.training",
     "Report": "zoo.report",
     "Card": "taxonomy.card",
     "ZooError": "zoo.errors",
@@ -43,6 +44,7 @@ __all__ = [
     "method",
     "register",
     "run",
+    "train",
 ]
 
 
@@ -65,3 +67,4 @@ if TYPE_CHECKING:
     from zoo.models.loading import load_model
     from zoo.report import Report
     from zoo.runner import run
+    from zoo.training import train

@@ -26,7 +26,9 @@ class Finding:
 _REQUIRED = ("torch", "transformers", "safetensors", "pydantic", "sqlalchemy", "typer", "rich", "jinja2")
 _OPTIONAL = {
     "onnx": "needed once, to convert dinov2-small-saliency (pip install 'efficiency-zoo[vision]')",
-    "pyarrow": "needed to read calibration text from parquet files (pip install pyarrow)",
+    "peft": "needed to recover pruned models with zoo train (pip install 'efficiency-zoo[train]')",
+    "datasets": "needed for calibration text from the hub (pip install 'efficiency-zoo[datasets]')",
+    "pyarrow": "needed to read calibration text from parquet files (pip install 'efficiency-zoo[datasets]')",
 }
 
 

@@ -49,6 +49,8 @@ COMMANDS = (
     Command(
         "gallery", "zoo.cli.gallery:gallery", "Draw what each visual-token method keeps of a photo.", RUN
     ),
+    Command("train", "zoo.cli.training:train", "Train what a method has to train, and save the result.", RUN),
+    Command("fit", "zoo.cli.fitting:fit", "Find the parameters of a method on samples.", RUN),
     Command("results", "zoo.cli.results_command:results", "List what was measured.", RUN),
     Command("models", "zoo.cli.running:models", "List the models that have a short name.", RUN),
     Command("catalog", "zoo.cli.catalog_commands:app", "Build, check, query or export the catalogue.", KEEP),
