@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from zoo.bench.session import Arm, Progress, Session
     from zoo.models import LoadedModel
 
-Kind = Literal["text", "vlm", "image"]
+Kind = Literal["text", "vlm", "image", "embedding"]
 
 DEFAULT_MODELS: dict[Kind, str] = {
     "text": "smollm2-135m",
@@ -50,7 +50,7 @@ PROMPT = "Explain in a few sentences why the sky is blue during the day and red 
 CALIBRATION_WINDOWS = 32
 CALIBRATION_LENGTH = 128
 
-_KINDS: dict[str, Kind] = {"decoder": "text", "encoder": "image", "vlm": "vlm"}
+_KINDS: dict[str, Kind] = {"decoder": "text", "encoder": "image", "vlm": "vlm", "embedding": "embedding"}
 
 
 class RunInterrupted(KeyboardInterrupt):
@@ -80,8 +80,8 @@ class Request:
         device, dtype: as in ``load_model``; ``None`` = its defaults.
         seed: of calibration windows and of everything random.
         save: folder for the pruned model; must not exist, or be empty.
-        report: folder for ``report.html`` and ``record.json``; for visual-token methods also ``overlay.png``.
-        overlay: PNG file for a picture of the visual tokens that stay.
+        report: folder for ``report.html`` and ``record.json``; for token methods also ``overlay.png``.
+        overlay: PNG file for a picture of the tokens that stay.
         store: keep the record in the user's catalogue.
     """
 
@@ -205,8 +205,15 @@ def kind_of(methods: Sequence[Method], model: str | LoadedModel | None, who: str
         return kind
     if given == "vlm" and (kind == "image" or "decoding" in phases):
         return "vlm"
+    if given == "embedding" and phases == {"weights"}:
+        return "embedding"
     names = who or "+".join(method.slug for method in methods)
-    wants = {"text": "a language model", "image": "a vision encoder", "vlm": "a vision-language model"}
+    wants = {
+        "text": "a language model",
+        "image": "a vision encoder",
+        "vlm": "a vision-language model",
+        "embedding": "an embedding model",
+    }
     ref = model if isinstance(model, str) else getattr(model, "ref", "this model")
     raise Refused(
         f"{names} works on {wants[kind]}, and {ref} is {wants[given]}; zoo models lists models of each kind"
@@ -218,13 +225,15 @@ def _check_request(request: Request, methods: Sequence[Method], kind: Kind) -> N
     names = "+".join(method.slug for method in methods)
     prunes = any(method.phase == "weights" for method in methods)
     drafts = [method for method in methods if method.phase == "decoding"]
-    if request.images and kind == "text":
+    if request.images and kind in ("text", "embedding"):
         raise BadInput(f"{names} works on text; leave out the image")
     if kind != "vlm" and (request.video is not None or request.frames is not None):
-        raise BadInput(f"{names} works on {'text' if kind == 'text' else 'pictures'}; leave out the video")
+        raise BadInput(f"{names} works on {'pictures' if kind == 'image' else 'text'}; leave out the video")
     check_files(request.images, request.video)
     if request.prompt is not None and kind == "image":
         raise BadInput(f"{names} works on images; leave out the prompt")
+    if request.prompt is not None and kind == "embedding":
+        raise BadInput(f"{names} generates nothing with an embedding model; leave out the prompt")
     if request.prompt is not None and not request.prompt.strip():
         raise BadInput("the prompt is empty; give some text")
     for method in drafts:
@@ -232,6 +241,11 @@ def _check_request(request: Request, methods: Sequence[Method], kind: Kind) -> N
             raise BadInput(
                 f"{method.slug} needs a draft model with the target's tokenizer: give --draft MODEL, or --draft "
                 "flap:sparsity=0.3 for a pruned copy of the target"
+            )
+        if getattr(method, "heads", "") is None:
+            raise BadInput(
+                f"{method.slug} needs heads trained for this very model: run zoo train {method.slug} --model MODEL "
+                f"--output DIR, then zoo run {method.slug} --heads DIR"
             )
     if request.calibration is not None and not prunes:
         raise BadInput(f"{names} needs no calibration text; leave it out")
@@ -248,7 +262,7 @@ def _check_request(request: Request, methods: Sequence[Method], kind: Kind) -> N
         if place is not None:
             check_target(place, what, must_be_new=what == "the pruned model")
     if request.overlay is not None:
-        if all(method.phase != "visual-tokens" for method in methods):
+        if all(method.phase not in _DRAWN for method in methods):
             raise BadInput(f"{names} chooses no visual tokens, so there is no overlay to draw")
         check_picture_target(request.overlay)
 
@@ -277,6 +291,10 @@ def check_picture_target(file: Path) -> None:
     if file.is_dir():
         raise BadInput(f"{file} is a folder; name a file for the overlay")
     check_target(file.parent, "the overlay", must_be_new=False)
+
+
+_DRAWN = {"visual-tokens", "encoder-tokens"}
+"""Phases of methods whose effect on a picture can be drawn."""
 
 
 class _Job:
@@ -361,7 +379,7 @@ class _Job:
         cuda = [loaded.device] if loaded.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda), quiet_transformers():
             torch.manual_seed(self.request.seed)
-            text = self._text_inputs(loaded) if self.kind != "image" else None
+            text = self._text_inputs(loaded) if self.kind in ("text", "vlm") else None
             pixels = self._pixels(loaded) if self.kind == "image" else None
             self._prune_draft(loaded)
             own = loaded
@@ -376,6 +394,8 @@ class _Job:
                 from zoo.bench.scenarios import measure_encoder_tokens
 
                 measure_encoder_tokens(session, dense, arm, pixels)
+                if self.request.overlay or self.request.report:
+                    self._draw_patches(session, arm, pixels)
                 return
             assert text is not None
             if self.phases & {"visual-tokens", "encoder-tokens"}:
@@ -400,21 +420,36 @@ class _Job:
                 "what it writes means nothing."
             )
         measure_visual_tokens(session, dense, arm, self._prompt, inputs, random=random)
-        if "visual-tokens" in self.phases and (self.request.overlay or self.request.report):
+        if self.phases & _DRAWN and (self.request.overlay or self.request.report):
             self._draw_overlay(session, arm, inputs)
 
     def _draw_overlay(self, session: Session, arm: Arm, inputs: Mapping[str, Any]) -> None:
         """Draw what stays, in one more forward pass: watching must not slow what is measured."""
-        from zoo.overlays import draw, record, save_picture
+        from zoo.families.visual_tokens import AppliedTokens
+        from zoo.overlays import draw, record
 
-        request = self.request
         session.progress("drawing the visual tokens", 0, 0)
         with arm.ready() as applied:
-            (trace,) = record(applied, **inputs)
-        if not trace.steps:
+            chooses = any(isinstance(layer, AppliedTokens) for layer in applied.layers)
+            trace = record(applied, **inputs)[0] if chooses else None
+        if trace is None or not trace.steps:
             session.note("Every visual token stays, so there is no overlay to draw.")
             return
-        picture = draw(trace, f"{self.record.method} on {self.record.model.ref}")
+        self._save_overlay(draw(trace, f"{self.record.method} on {self.record.model.ref}"))
+
+    def _draw_patches(self, session: Session, arm: Arm, pixels: Mapping[str, Any]) -> None:
+        """Draw what the tokens of the first picture hold, in one more forward pass."""
+        from zoo.patch_pictures import draw_patches, record_patches
+
+        session.progress("drawing the patches", 0, 0)
+        with arm.ready() as applied:
+            first = record_patches(applied, **pixels)[0]
+        self._save_overlay(draw_patches(first, f"{self.record.method} on {self.record.model.ref}"))
+
+    def _save_overlay(self, picture: Any) -> None:
+        from zoo.overlays import save_picture
+
+        request = self.request
         files = [request.overlay, None if request.report is None else request.report / "overlay.png"]
         saved = [save_picture(picture, file) for file in files if file is not None]
         self.overlay = saved[0]
@@ -456,11 +491,11 @@ class _Job:
 
     def _prune(self, session: Session, loaded: LoadedModel, text: Mapping[str, Any] | None) -> LoadedModel:
         """Prune, save when asked, measure; returns the pruned model."""
-        from zoo.bench.scenarios import measure_weights
+        from zoo.bench.scenarios import measure_embedding_weights, measure_weights
         from zoo.data import digest, load_texts
 
         request = self.request
-        heldout, task = self._heldout(loaded)
+        heldout, task = self._passages(loaded) if self.kind == "embedding" else self._heldout(loaded)
         if request.calibration is None:
             name, calibration = "news, calibration split", load_texts("news", split="calibration")
         else:
@@ -487,8 +522,10 @@ class _Job:
         if request.save is not None:
             self.progress(f"saving to {request.save}", 0, 0)
             self.record.saved = str(applied.save(request.save))
-        assert text is not None
-        measure_weights(session, loaded, applied.loaded, heldout, task, self._prompt, text)
+        if text is None:
+            measure_embedding_weights(session, loaded, applied.loaded, heldout, task)
+        else:
+            measure_weights(session, loaded, applied.loaded, heldout, task, self._prompt, text)
         return applied.loaded
 
     # --- inputs -----------------------------------------------------------------------------------------------
@@ -512,6 +549,19 @@ class _Job:
         if count < 1:
             raise BadInput(f"the held-out text has {len(ids)} tokens, fewer than one window of {length}")
         return torch.tensor(ids[: count * length]).view(count, length), f"news, {count} x {length} tokens"
+
+    def _passages(self, loaded: LoadedModel) -> tuple[torch.Tensor, str]:
+        """The beginnings of the packaged held-out news items: ids ``[items, T]`` and their description."""
+        import torch
+
+        from zoo.data import load_texts
+
+        if loaded.tokenizer is None:
+            raise BadInput(f"{loaded.ref} has no tokenizer, so there is no text to measure it on")
+        length = min(CALIBRATION_LENGTH, _context(loaded) - 2)
+        items = loaded.tokenizer(load_texts("news", split="heldout"), add_special_tokens=False, verbose=False)
+        ids = torch.tensor([item[:length] for item in items["input_ids"] if len(item) >= length])
+        return ids, f"news, {len(ids)} items, {length} tokens of each"
 
     def _text_inputs(self, loaded: LoadedModel) -> dict[str, Any]:
         """What ``generate`` takes for the prompt (and picture), on the model's device, batch 1."""

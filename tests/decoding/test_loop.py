@@ -80,12 +80,13 @@ def test_a_random_tree_leaves_gaps_to_compact() -> None:
     assert sum(path != list(range(len(path))) for path in seen) >= 3
 
 
+@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
 @pytest.mark.parametrize("right", [0.0, 0.5, 0.9])
-def test_a_padded_batch_gives_what_single_prompts_give(right: float) -> None:
+def test_a_padded_batch_gives_what_single_prompts_give(right: float, tree: bool) -> None:
     loaded = build()
     rows = [prompts(1, length, seed)[0] for seed, length in enumerate((5, 17, 11))]
     ids, mask = left_padded(rows)
-    applied = plug(loaded, oracle(loaded, ids, right, tree=False, attention_mask=mask))
+    applied = plug(loaded, oracle(loaded, ids, right, tree=tree, attention_mask=mask))
     out = applied.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW)
     assert torch.equal(out, plain(loaded, ids, attention_mask=mask, max_new_tokens=NEW))
     for row, line in zip(rows, out, strict=True):
@@ -101,12 +102,13 @@ def test_samples_that_stop_early_are_padded() -> None:
     options = {"attention_mask": mask, "max_new_tokens": NEW, "eos_token_id": eos}
     expected = plain(loaded, ids, **options)
     assert (expected[:, -1] == PAD).any()
-    for right in (0.0, 0.9):
-        applied = plug(loaded, oracle(loaded, ids, right, tree=False, **options))
+    for right, tree in ((0.0, False), (0.9, False), (0.9, True)):
+        applied = plug(loaded, oracle(loaded, ids, right, tree=tree, **options))
         assert torch.equal(applied.generate(input_ids=ids, do_sample=False, **options), expected)
 
 
-def test_dead_columns_of_a_batch_are_squeezed_out() -> None:
+@pytest.mark.parametrize("tree", [False, True], ids=["chain", "tree"])
+def test_dead_columns_of_a_batch_are_squeezed_out(tree: bool) -> None:
     """Now one sample accepts much, now another: the cache must not keep all the columns that the others skip."""
     loaded = build()
     ids = prompts(6)
@@ -118,9 +120,11 @@ def test_dead_columns_of_a_batch_are_squeezed_out() -> None:
     def say(context: Context, row: Row) -> Draft:
         lengths.append(context.cache.get_seq_length() - row.prompt)
         after = truth[row.index][len(row.tokens) :][:10]
-        return Draft(after if chance.random() < 1 / 6 else [(token + 1) % VOCABULARY for token in after])
+        guess = after if chance.random() < 1 / 6 else [(token + 1) % VOCABULARY for token in after]
+        # As a tree: the chain behind a wrong sibling of its first node.
+        return Draft([1, *guess], [-1, -1, *range(1, len(guess))]) if tree and guess else Draft(guess)
 
-    applied = plug(loaded, Fixed(say))
+    applied = plug(loaded, Fixed(say, tree=tree))
     out = applied.generate(input_ids=ids, do_sample=False, max_new_tokens=new)
     assert out.tolist() == truth
     assert any(after < before for before, after in pairwise(lengths)), "it was squeezed"
@@ -358,10 +362,8 @@ def test_a_filled_cache_is_refused() -> None:
         plug(loaded, Drafter()).generate(input_ids=prompts(1, 20), past_key_values=cache, max_new_tokens=4)
 
 
-def test_batches_of_trees_and_streamed_batches_are_refused() -> None:
+def test_streamed_batches_are_refused() -> None:
     loaded = build()
-    with pytest.raises(Refused, match="batch size 1"):
-        plug(loaded, Oracle([[], []], 0.5, tree=True)).generate(input_ids=prompts(2), max_new_tokens=4)
     with pytest.raises(Refused, match="batch size 1"):
         plug(loaded, Drafter()).generate(input_ids=prompts(2), max_new_tokens=4, streamer=Listening())
 

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import zoo
+from zoo.engines.ngrams import NgramIndex
 from zoo.errors import BadParameter
-from zoo.methods.decoding.prompt_lookup import NgramIndex, Rule
+from zoo.methods.decoding.prompt_lookup import Rule, lookup
 
 
 def scan(
@@ -47,22 +48,22 @@ def scan(
 def test_the_index_finds_what_a_scan_finds(
     parts: list[list[int]], max_ngram: int, count: int, rule: Rule, room: int
 ) -> None:
-    index = NgramIndex(max_ngram)
+    index = NgramIndex(range(1, max_ngram + 1))
     tokens: list[int] = []
     for part in parts:  # the index grows as generation does
         index.extend(part)
         tokens += part
         limit = max(len(tokens) + room, 0)
-        assert index.lookup(count, rule, {3}, limit) == scan(tokens, max_ngram, count, rule, {3}, limit)
+        assert lookup(index, count, rule, {3}, limit)[0] == scan(tokens, max_ngram, count, rule, {3}, limit)
 
 
 def test_official_wants_the_whole_draft_behind_the_match() -> None:
-    index = NgramIndex(2)
+    index = NgramIndex([1, 2])
     index.extend([7, 8, 1, 2, 7, 8])
-    assert index.lookup(3, "official") == [1, 2, 7]
-    assert index.lookup(5, "official") == []
-    assert index.lookup(5, "transformers") == [1, 2, 7, 8]
-    assert index.lookup(5, "transformers", eos={2}) == [1]
+    assert lookup(index, 3, "official") == ([1, 2, 7], 2)
+    assert lookup(index, 5, "official") == ([], 0)
+    assert lookup(index, 5, "transformers") == ([1, 2, 7, 8], 2)
+    assert lookup(index, 5, "transformers", eos={2}) == ([1], 2)
 
 
 @pytest.mark.parametrize("rule", ["official", "transformers"])

@@ -77,6 +77,10 @@ def run(
     draft: Annotated[
         str | None, typer.Option("--draft", help="Draft model, for methods that use one.")
     ] = None,
+    heads: Annotated[
+        str | None,
+        typer.Option("--heads", metavar="DIR", help="Heads that zoo train made, for methods that use some."),
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate.")
     ] = None,
@@ -99,7 +103,7 @@ def run(
     overlay: Annotated[
         Path | None,
         typer.Option(
-            "--overlay", metavar="FILE", help="Draw the visual tokens that stay (PNG). --report does it too."
+            "--overlay", metavar="FILE", help="Draw the tokens that stay (PNG). --report does it too."
         ),
     ] = None,
     draw_tree: Annotated[
@@ -122,6 +126,8 @@ def run(
     given: dict[str, Any] = {}
     for file in params or ():
         given |= read_parameters(file, method)
+    if heads is not None:
+        given["heads"] = heads
     request = Request(
         parameters=given | parse_assignments(assignments or []),
         prompt=_prompt(prompt, prompt_file),

@@ -13,10 +13,11 @@ to time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 
 from zoo.engines.drafting import Context, Draft, Drafter, Row, Verified
@@ -28,12 +29,18 @@ from zoo.report import DecodingStats
 
 @dataclass(frozen=True)
 class Step:
-    """Tokens committed to one sample at once; the first ``accepted`` came from its draft of ``drafted`` nodes."""
+    """Tokens committed to one sample at once; the first ``accepted`` came from its draft of ``drafted`` nodes.
+
+    ``draft`` is what was verified behind the token ``root``, and ``path`` which of its nodes stayed.
+    """
 
     row: int
     tokens: tuple[int, ...]
     accepted: int
     drafted: int
+    root: int | None = field(default=None, compare=False)
+    draft: Draft = field(default_factory=Draft, compare=False, repr=False)
+    path: tuple[int, ...] = field(default=(), compare=False)
 
 
 class _Columns:
@@ -192,8 +199,6 @@ class Speculation:
         if self.drafter.tree:
             if sliding:
                 raise say("a tree needs full attention, and this model has sliding-window layers")
-            if batch > 1:
-                raise say("a tree of drafts needs batch size 1")
             implementation = model.config.get_text_config(decoder=True)._attn_implementation or ""
             if implementation not in ("sdpa", "eager"):
                 raise say(
@@ -292,6 +297,7 @@ class _Run:
             self.max_length,
             self.warper,
             (self.width,) * len(self.rows),
+            lambda: None if self.columns is None else self.columns.view(0),
         )
         self.drafter.start(context, self.rows)
         self.stats.draft_seconds += (middle := self._clock()) - start
@@ -335,10 +341,10 @@ class _Run:
             tokens = [row.tokens[-1], *draft.tokens]
             own = None if choices is None else choices[row.index]
             step, path = self._commit(row, draft, *self._choose(row, draft, outputs.logits[row.index], own))
-            seen.append((row, Verified(tokens, path, list(step.tokens))))
+            seen.append((row, Verified(tokens, path, list(step.tokens), draft=draft)))
             drafted += step.drafted
             accepted += step.accepted
-        self._crop(drafts, seen, width)
+        self._crop(seen, width)
         self.stats.steps += 1
         self.stats.drafted.append(drafted)
         self.stats.accepted.append(accepted)
@@ -378,7 +384,7 @@ class _Run:
                 offsets.append([*range(root, root + width - rest), *[root] * rest])
             else:
                 deep = draft.depths if draft.depths is not None else depths(draft.parents or [])
-                offsets.append([root, *(root + depth for depth in deep)])
+                offsets.append([root, *(root + depth for depth in deep), *[root] * rest])
         inputs = dict(self.kwargs)
         for name in ("logits_to_keep", "inputs_embeds", "position_ids", "attention_mask"):
             inputs.pop(name, None)
@@ -394,29 +400,42 @@ class _Run:
         if "hidden-states" in self.drafter.needs:
             inputs["output_hidden_states"] = True
 
-        tree = next((draft for draft in drafts if not draft.chain), None)
-        if tree is not None:  # batch 1, see _refuse
-            seen = tree.seen if tree.seen is not None else ancestors(tree.parents or [])
-            columns: torch.Tensor | int = self.past
-            if self.columns is not None:
-                columns = self.columns.view(0)[0].bool()
-            inputs["attention_mask"] = tree_mask(seen, columns, self.model.dtype, self.device)
+        if not all(draft.chain for draft in drafts):
+            inputs["attention_mask"] = self._tree_masks(drafts, width)
         elif self.columns is not None:
             inputs["attention_mask"] = self.columns.view(width)
         ids_tensor = torch.tensor(ids, device=self.device)
         return self.model.prepare_inputs_for_generation(ids_tensor, is_first_iteration=False, **inputs)
 
-    def _crop(self, drafts: list[Draft], seen: list[tuple[Row, Verified]], width: int) -> None:
+    def _tree_masks(self, drafts: list[Draft], width: int) -> torch.Tensor:
+        """Additive mask ``[batch, 1, width, past + width]`` of root and draft of every sample."""
+        masks = []
+        for index, draft in enumerate(drafts):
+            own = draft.seen
+            if own is None:
+                parents = draft.parents if draft.parents is not None else range(-1, len(draft.tokens) - 1)
+                own = ancestors(parents)
+            # Filling behind a draft looks at itself and the cache; nobody looks at it.
+            seen = np.eye(width, dtype=bool)
+            seen[: len(own), : len(own)] = own
+            columns = self.past if self.columns is None else self.columns.view(0)[index].bool()
+            masks.append(tree_mask(seen, columns, self.model.dtype, self.device))
+        return torch.cat(masks)
+
+    def _crop(self, seen: list[tuple[Row, Verified]], width: int) -> None:
         """Keep the root and the accepted nodes in every layer, drop the others.
 
         A step that commits ``c`` tokens leaves ``c`` entries: the root and all but the last of them, which is the
-        next root.
+        next root. Samples that commit fewer than the others keep more columns than they need; those are masked.
         """
         lengths = {row.index: len(verified.committed) for row, verified in seen}
         kept = max(lengths.values())
-        nodes = seen[0][1].path[: kept - 1]
-        if not drafts[seen[0][0].index].chain and nodes != list(range(len(nodes))):
-            keep_last(self.cache, width, torch.tensor([0, *(node + 1 for node in nodes)], device=self.device))
+        stay = [list(range(kept)) for _ in self.rows]
+        for row, verified in seen:
+            nodes = verified.path[: lengths[row.index] - 1]
+            stay[row.index][1 : 1 + len(nodes)] = [node + 1 for node in nodes]
+        if any(row != list(range(kept)) for row in stay):
+            keep_last(self.cache, width, torch.tensor(stay, device=self.device))
         else:
             # Also with nothing to remove: layers with a sliding window trim themselves here.
             self.cache.crop(kept - width)
@@ -446,6 +465,11 @@ class _Run:
             path = longest_path(draft.tokens, draft.parents or [], choices)
             return path, choices[path[-1] + 1 if path else 0]
         length = self.width + row.generated
+        if self.sample and self.drafter.rule is not None:
+            count = len(draft.tokens)
+            parents = draft.parents if draft.parents is not None else range(-1, count - 1)
+            scores = self.warper.throughout(row.index, length, draft.tokens, parents, logits[: count + 1])
+            return self.drafter.rule(draft, scores.softmax(-1))
         if self.sample and draft.chain:
             count = len(draft.tokens)
             p = self.warper.along(row.index, length, draft.tokens, logits[: count + 1]).softmax(-1)
@@ -500,11 +524,13 @@ class _Run:
                     del tokens[place + 1 :]
                     row.done = True
                     break
+        root = row.tokens[-1] if row.tokens else None
         row.tokens.extend(tokens)
         if row.generated >= self.max_length - self.width:
             row.done = True
         path = path[: len(tokens)]
-        step = Step(row.index, tuple(tokens), len(path), len(draft.tokens))
+        shown = draft if draft.laws is None else replace(draft, laws=None)  # these are large
+        step = Step(row.index, tuple(tokens), len(path), len(draft.tokens), root, shown, tuple(path))
         self.owner.trace.append(step)
         if self.owner.streamer is not None:
             for item in tokens:

@@ -7,7 +7,7 @@ A method of a few dozen lines subclasses ``Drafter``. Self-speculation reaches t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from zoo.engines.sampling import Warper
 from zoo.engines.trees import depths, is_chain
 
 Need = Literal["logits", "prompt-logits", "hidden-states"]
+Kind = tuple[str | int | float, ...]
 
 
 @dataclass
@@ -33,6 +34,8 @@ class Draft:
         replacement: ``False`` when siblings were drawn without replacement.
         seen: bool ``[n + 1, n + 1]`` in place of the ancestors (row 0 the root), for drafts that are not only a tree.
         depths: distances from the root ``[n]`` in place of those of the tree; they set the position ids.
+        kinds: what sort of guess each node is ``[n]`` (its source, rank, confidence ...): nodes of one kind are about
+            equally often right. It changes nothing in verification; see ``zoo.engines.draft_budget``.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -41,6 +44,7 @@ class Draft:
     replacement: bool = True
     seen: np.ndarray | None = None
     depths: list[int] | None = None
+    kinds: Sequence[Kind] | None = None
 
     @property
     def chain(self) -> bool:
@@ -54,18 +58,22 @@ class Draft:
         if self.parents is None or is_chain(self.parents):
             if len(self.tokens) <= depth:
                 return self
-            laws = None if self.laws is None else self.laws[:depth]
-            return Draft(self.tokens[:depth], None, laws, self.replacement)
+            return self.only(range(depth))
         deep = depths(self.parents)
         if max(deep) <= depth:
             return self
-        stay = [index for index, level in enumerate(deep) if level <= depth]
-        place = {old: new for new, old in enumerate(stay)}
+        return self.only([index for index, level in enumerate(deep) if level <= depth])
+
+    def only(self, nodes: Sequence[int]) -> Draft:
+        """The part of a tree (or chain) that consists of ``nodes``: ascending, each with all its ancestors."""
+        place = {old: new for new, old in enumerate(nodes)}
+        parents = self.parents
         return Draft(
-            [self.tokens[index] for index in stay],
-            [place.get(self.parents[index], self.parents[index]) for index in stay],
-            None if self.laws is None else self.laws[stay],
+            [self.tokens[node] for node in nodes],
+            None if parents is None else [place.get(parents[node], parents[node]) for node in nodes],
+            None if self.laws is None else self.laws[list(nodes)],
             self.replacement,
+            kinds=None if self.kinds is None else [self.kinds[node] for node in nodes],
         )
 
 
@@ -104,6 +112,7 @@ class Verified:
         logits: ``[n + 1, V]``, raw.
         hidden_states: per layer (embeddings first, as transformers orders them) ``[n + 1, D]``.
         prefill: whether the tokens are the prompt.
+        draft: what was verified: the drafter's own proposal, or what was left of it.
     """
 
     tokens: list[int]
@@ -112,6 +121,11 @@ class Verified:
     logits: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     prefill: bool = False
+    draft: Draft = field(default_factory=Draft)
+
+
+Rule = Callable[[Draft, torch.Tensor], tuple[list[int], int]]
+"""From a draft and the target's distributions ``[n + 1, V]`` (float32, warped) to accepted nodes and the next token."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +138,7 @@ class Context:
         sample: ``False`` = greedy.
         eos: ids that end a sample.
         max_length: total length, prompt included, at which generation ends.
+        columns: which columns of the cache count for which sample just now, ``[batch, past]``; ``None`` = all.
     """
 
     model: Any
@@ -133,6 +148,7 @@ class Context:
     max_length: int
     warper: Warper
     starts: tuple[int, ...]
+    columns: Callable[[], torch.Tensor | None] = lambda: None
 
     def scores(self, row: Row, drafted: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
         """A drafter's ``logits [V]`` after ``row.tokens + drafted``, through the target's processors.
@@ -155,6 +171,9 @@ class Drafter:
     """What ``observe`` wants to see of the target's forward passes: logits of drafts, of the prompt, hidden states."""
     tree: bool = False
     """Whether drafts may be anything else than chains."""
+    rule: Rule | None = None
+    """What decides when sampling, in place of exact rejection sampling: methods that give up the target's law for
+    longer drafts. Greedy decoding is not affected."""
 
     def start(self, context: Context, rows: Sequence[Row]) -> None:
         """A new generation begins; the prompts are in ``rows``, nothing is committed yet."""

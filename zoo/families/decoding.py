@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from zoo.errors import BadInput, Refused
 from zoo.interface import Applied, Method, Phase, refuse
@@ -13,6 +15,7 @@ from zoo.report import Report
 if TYPE_CHECKING:
     from zoo.engines.decoding import Step
     from zoo.engines.drafting import Drafter
+    from zoo.engines.verification_cost import VerificationCost
     from zoo.models import LoadedModel
 
 
@@ -48,6 +51,40 @@ class Decoder(Method):
         """Wrap generation. The model itself is not touched."""
         self.check(loaded)
         return AppliedDecoder(self, loaded, self.drafter(loaded, **resources), on_step, synchronise)
+
+
+class BudgetedDecoder(Decoder):
+    """A decoder whose drafts cost next to nothing, so that what counts is how many of their nodes are verified.
+
+    With ``budget = auto`` each draft is cut to the nodes that pay by the measured cost of verifying them and the
+    acceptance so far, down to none. ``apply`` takes the resource ``cost`` (a ``VerificationCost``) in place of the
+    curve that is measured and kept.
+    """
+
+    budget: Literal["fixed", "auto"] = Field(
+        "fixed",
+        description="fixed: the whole draft is verified, as in the paper; auto: as much of it as pays on this model "
+        "and device by a verification-cost curve that is measured once.",
+    )
+
+    def apply(
+        self,
+        loaded: LoadedModel,
+        *,
+        on_step: Callable[[Step], None] | None = None,
+        synchronise: bool = False,
+        cost: VerificationCost | None = None,
+        **resources: Any,
+    ) -> AppliedDecoder:
+        """Wrap generation. The model itself is not touched."""
+        self.check(loaded)
+        drafter = self.drafter(loaded, **resources)
+        if self.budget == "auto":
+            from zoo.engines.draft_budget import Thrifty
+            from zoo.engines.verification_cost import verification_cost
+
+            drafter = Thrifty(drafter, cost or verification_cost(loaded.model))
+        return AppliedDecoder(self, loaded, drafter, on_step, synchronise)
 
 
 class AppliedDecoder(Applied):

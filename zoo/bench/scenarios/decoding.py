@@ -5,17 +5,22 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 
-from zoo.bench.record import Piece
+from zoo.bench.record import Comparison, Piece
 from zoo.bench.session import Arm, Session, greedy, logit_gap, outputs_of
-from zoo.bench.timing import Samples, summarise
+from zoo.bench.timing import Samples, steady, summarise
+from zoo.engines.decoding import Step
 from zoo.families.decoding import AppliedDecoder
 from zoo.report import DecodingStats
+
+OnStep = Callable[[Step], None]
+Watch = Callable[[Any], AbstractContextManager[OnStep]]
+"""Given the tokenizer, something to be called with every step of a generation while it is entered."""
 
 NEW_TOKENS = 64
 TIE = 1e-2
@@ -23,7 +28,14 @@ TIE = 1e-2
 
 
 def measure_decoding(
-    session: Session, dense: Arm, method: Arm, prompt: str, inputs: Mapping[str, Any], *, same_weights: bool
+    session: Session,
+    dense: Arm,
+    method: Arm,
+    prompt: str,
+    inputs: Mapping[str, Any],
+    *,
+    same_weights: bool,
+    watch: Watch | None = None,
 ) -> None:
     """Measure ``method`` (its last method a decoder) beside plain greedy decoding by ``dense``.
 
@@ -32,11 +44,14 @@ def measure_decoding(
         dense, method: both sides.
         prompt, inputs: the prompt as text, and what ``generate`` takes, batch 1.
         same_weights: both sides compute the same function, so a lossless method must give the same tokens.
+        watch: follows one generation of the method, before those that are timed.
     """
     tokenizer = dense.loaded.tokenizer
     new_tokens = session.settings.new_tokens or NEW_TOKENS
     options = {**inputs, **greedy(tokenizer, new_tokens)}
     first: dict[str, list[float]] = {"dense": [], "method": []}
+    if watch is not None:
+        _show(method, options, watch(tokenizer))
     arms = {"dense": dense, "method": method}
     samples = session.time(
         "timing generation",
@@ -46,7 +61,11 @@ def measure_decoding(
     ids = {name: sample.result[0][0, length:].tolist() for name, sample in samples.items()}
     report, trace = samples["method"].result[1:]
     session.record.reports.append(report)
-    _speed(session, samples, first, ids, report.decoding, length)
+    gain = _speed(session, samples, first, ids, report.decoding, length).gain
+    if gain is not None and gain < 1 and getattr(method.methods[-1], "budget", None) == "fixed":
+        session.note(
+            "Verifying whole drafts costs more here than it saves; --set budget=auto verifies only what pays."
+        )
 
     outputs = outputs_of(
         tokenizer, prompt, ids["dense"], ids["method"],
@@ -58,6 +77,15 @@ def measure_decoding(
     if same_weights and not outputs.identical:
         session.note(_difference(outputs.common, outputs.gap))
     session.checkpoint()
+
+
+def _show(arm: Arm, options: Mapping[str, Any], following: AbstractContextManager[OnStep]) -> None:
+    """One generation for the eyes: it is not timed."""
+    with steady(arm.loaded.device), torch.no_grad(), arm.ready() as applied, following as on_step:
+        decoder = applied.layers[-1]
+        assert isinstance(decoder, AppliedDecoder)
+        decoder.on_step = on_step
+        applied.generate(**options)
 
 
 def _difference(place: int, gap: float | None) -> str:
@@ -79,9 +107,10 @@ def _speed(
     ids: dict[str, list[int]],
     stats: DecodingStats,
     length: int,
-) -> None:
+) -> Comparison:
+    """Add the figures of both sides; returns the one of the whole generation."""
     task = f"{len(ids['method'])} tokens after {length}"
-    session.add(
+    whole = session.add(
         "generation-speed",
         samples["dense"].rate(len(ids["dense"])),
         samples["method"].rate(len(ids["method"])),
@@ -110,6 +139,7 @@ def _speed(
             f"{stats.tokens_per_step:.2f} / ({verify:.2f} + {draft:.2f})",
         )
     session.add_exact("tokens-per-step", 1.0, stats.tokens_per_step, n=max(1, stats.steps), task=task)
+    return whole
 
 
 @contextmanager

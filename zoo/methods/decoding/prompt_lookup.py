@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from zoo.engines.drafting import Context, Draft, Drafter, Row
-from zoo.families.decoding import Decoder
+from zoo.engines.ngrams import NgramIndex
+from zoo.families.decoding import BudgetedDecoder
 from zoo.interface import register
 
 if TYPE_CHECKING:
@@ -23,73 +24,60 @@ if TYPE_CHECKING:
 Rule = Literal["official", "transformers"]
 
 
-class NgramIndex:
-    """First place of every n-gram of a growing sequence, so that a look-up does not depend on its length.
+def lookup(
+    index: NgramIndex, count: int, rule: Rule, eos: Collection[int] = (), max_length: int | None = None
+) -> tuple[list[int], int]:
+    """What followed an earlier occurrence of the last tokens; the longest n-gram that fits wins.
 
-    Both rules take the leftmost match that has enough text behind it. Places further right have less, so the
-    leftmost occurrence of an n-gram decides alone.
+    Both rules take the leftmost match that has enough text behind it. Places further right have less, so the leftmost
+    occurrence of an n-gram decides alone.
+
+    Args:
+        index: of the sequence so far, for n-grams of 1 to the longest wanted.
+        count: tokens to copy. ``official`` wants exactly so many, and prefers a shorter n-gram further
+            left to a match with less behind it; ``transformers`` takes what there is.
+        rule: which of the two.
+        eos: ends of sequence, before which the copy stops (``transformers`` only).
+        max_length: no token at or behind this place of the sequence is copied (``transformers`` only).
+
+    Returns:
+        The copy, empty when nothing fits, and the length of the n-gram that was found.
     """
-
-    def __init__(self, longest: int) -> None:
-        self.longest = longest
-        self.tokens: list[int] = []
-        self._first: list[dict[tuple[int, ...], int]] = [{} for _ in range(longest + 1)]
-
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Append ``tokens``; each costs ``longest`` dictionary entries."""
-        start = len(self.tokens)
-        self.tokens.extend(tokens)
-        for n in range(1, self.longest + 1):
-            first = self._first[n]
-            for end in range(max(start, n - 1) + 1, len(self.tokens) + 1):
-                first.setdefault(tuple(self.tokens[end - n : end]), end - n)
-
-    def lookup(
-        self, count: int, rule: Rule, eos: Collection[int] = (), max_length: int | None = None
-    ) -> list[int]:
-        """What followed an earlier occurrence of the last tokens; the longest n-gram that fits wins.
-
-        Args:
-            count: tokens to copy. ``official`` wants exactly so many, and prefers a shorter n-gram further
-                left to a match with less behind it; ``transformers`` takes what there is.
-            rule: which of the two.
-            eos: ends of sequence, before which the copy stops (``transformers`` only).
-            max_length: no token at or behind this place of the sequence is copied (``transformers`` only).
-        """
-        length = len(self.tokens)
-        # The last n tokens always match themselves, so a whole-sequence n-gram has no other place to be.
-        for n in range(min(self.longest, length - 1), 0, -1):
-            start = self._first[n][tuple(self.tokens[length - n :])] + n
-            if start >= length:
+    tokens = index.tokens
+    length = len(tokens)
+    for n in reversed(index.lengths):
+        start = index.behind(tokens[length - n :]) if n < length else None
+        if start is None:
+            continue
+        end = start + count
+        if rule == "official":
+            # The second half matters for overlapping matches of short drafts only.
+            if end > length or start >= length - n:
                 continue
-            end = start + count
-            if rule == "official":
-                # The second half differs from `start >= length` for overlapping matches of short drafts only.
-                if end > length or start >= length - n:
-                    continue
-                return self.tokens[start:end]
-            end = min(end, length if max_length is None else min(length, max_length))
-            if start >= end:
-                continue
-            chunk = self.tokens[start:end]
-            return chunk[: next((place for place, token in enumerate(chunk) if token in eos), len(chunk))]
-        return []
+            return tokens[start:end], n
+        end = min(end, length if max_length is None else min(length, max_length))
+        if start >= end:
+            continue
+        chunk = tokens[start:end]
+        stop = next((place for place, token in enumerate(chunk) if token in eos), len(chunk))
+        return chunk[:stop], n
+    return [], 0
 
 
 class PromptLookupDrafter(Drafter):
     """One index per sample, made from its prompt and fed with what is committed."""
 
-    def __init__(self, max_ngram: int, draft_tokens: int, rule: Rule) -> None:
+    def __init__(self, max_ngram: int, draft_tokens: int, matching: Rule) -> None:
         self.max_ngram = max_ngram
         self.draft_tokens = draft_tokens
-        self.rule: Rule = rule
+        self.matching: Rule = matching
         self.indexes: dict[int, NgramIndex] = {}
         self.eos: frozenset[int] = frozenset()
 
     def start(self, context: Context, rows: Sequence[Row]) -> None:
         """Index the prompts."""
         self.eos = context.eos
-        self.indexes = {row.index: NgramIndex(self.max_ngram) for row in rows}
+        self.indexes = {row.index: NgramIndex(range(1, self.max_ngram + 1)) for row in rows}
         for row in rows:
             self.indexes[row.index].extend(row.tokens)
 
@@ -97,7 +85,9 @@ class PromptLookupDrafter(Drafter):
         """Index what was committed, then look up its end."""
         index = self.indexes[row.index]
         index.extend(row.tokens[len(index.tokens) :])
-        return Draft(index.lookup(self.draft_tokens, self.rule, self.eos))
+        copy, n = lookup(index, self.draft_tokens, self.matching, self.eos)
+        # A long match is right more often, and so is the rest of a copy once it has begun well.
+        return Draft(copy, kinds=[(n, min(place, 3)) for place in range(len(copy))])
 
     def stop(self) -> None:
         """Forget the prompts."""
@@ -105,7 +95,7 @@ class PromptLookupDrafter(Drafter):
 
 
 @register("prompt-lookup")
-class PromptLookup(Decoder):
+class PromptLookup(BudgetedDecoder):
     """Drafts by copying what followed the last tokens earlier in prompt and output."""
 
     max_ngram: int = Field(
