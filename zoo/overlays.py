@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import colorsys
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -18,8 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from zoo.drawing import WIDTH, captioned, flow, natural, titled
 from zoo.engines.reductions import Join, Merge, Reduction, Transform
 from zoo.engines.views import View
 from zoo.errors import BadInput, RunFailed
@@ -109,7 +109,7 @@ class _Recorder:
                 pixels = image.patch_pixels().float().cpu()
                 if pixels.dim() == 6:  # a patch spans several frames; the first one stands for them
                     pixels = pixels[:, :, :, 0]
-                pixels = _natural(pixels, self.processor, image.video)
+                pixels = natural(pixels, self.processor, image.video)
                 trace.pictures.append(Shown(image.packed, pixels, ordinal[image.tokens.cpu()]))
         into = carriers(reduction, len(ordinal))
         anchor = ordinal[reduction.anchor[0].cpu()]
@@ -120,17 +120,6 @@ class _Recorder:
         before[ordinal] = ordinal  # also of tokens that had left and came back
         owner = torch.where(before >= 0, moved[before.clamp(min=0)], -1)
         trace.steps.append(Step(view.layer, reduction.length, owner))
-
-
-def _natural(pixels: torch.Tensor, processor: Any, video: bool) -> torch.Tensor:
-    """Normalised pixels ``[..., 3, p, p]`` back in 0..1; stretched to it when it is not known how they were made."""
-    source = getattr(processor, "video_processor" if video else "image_processor", None)
-    mean, std = getattr(source, "image_mean", None), getattr(source, "image_std", None)
-    if mean is None or std is None or not getattr(source, "do_normalize", True):
-        low, high = pixels.min(), pixels.max()
-        return (pixels - low) / (high - low).clamp(min=1e-6)
-    shape = (-1, 1, 1)
-    return (pixels * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)).clamp(0, 1)
 
 
 def record(applied: Applied, **inputs: Any) -> list[Trace]:
@@ -166,9 +155,6 @@ def record(applied: Applied, **inputs: Any) -> list[Trace]:
 
 _SIDE, _SMALL = 360, 176
 """Longer side, in pixels, of a picture, and of a thumbnail or one of several frames."""
-_GAP, _LINE = 12, 20
-_WIDTH = 1480
-_PAPER, _INK, _SOFT = (22, 25, 28), (236, 234, 228), (163, 171, 178)
 _KEPT = (255, 210, 63)
 
 
@@ -323,76 +309,25 @@ def draw(trace: Trace, title: str) -> Image.Image:
     if not trace.steps or not trace.pictures:
         raise BadInput(f"{title}: no tokens leave, so there is nothing to draw")
     total = len(trace.steps[0].owner)
-    cells = [_captioned("what the encoder sees", f"{total} visual tokens", _strip(trace, None))]
+    cells = [captioned("what the encoder sees", f"{total} visual tokens", _strip(trace, None))]
     for step in trace.steps:
         where = "before the LLM" if step.layer < 0 else f"before layer {step.layer}"
         counts = f"{step.kept} of {total} kept ({step.kept / total:.0%})"
         if step.merged:
             counts += f", {step.merged} merged into them"
-        cells.append(_captioned(where, counts, _strip(trace, step.owner)))
-    body = _flow(cells, _WIDTH)
+        cells.append(captioned(where, counts, _strip(trace, step.owner)))
+    body = flow(cells, WIDTH)
     legend = "outlined: kept | dimmed: dropped"
     if any(step.merged for step in trace.steps):
         legend += " | tinted: merged, one colour per group"
-    page = Image.new("RGB", (body.width + 2 * _GAP, body.height + 2 * _GAP + 3 * _LINE), _PAPER)
-    pen = ImageDraw.Draw(page)
-    room = body.width
-    _write(pen, (_GAP, _GAP), title, 17, _INK, room)
-    _write(pen, (_GAP, _GAP + _LINE + 4), legend, 13, _SOFT, room)
-    page.paste(body, (_GAP, _GAP + 3 * _LINE - 4))
-    return page
+    return titled(title, legend, body)
 
 
 def _strip(trace: Trace, owner: torch.Tensor | None) -> Image.Image:
     """All pictures of the sample side by side."""
     panels = [panel for shown in trace.pictures for panel in _panels(shown)]
     many = len(panels) > 3
-    return _flow([_paint(panel, owner, panel.small or many) for panel in panels], _WIDTH, 4)
-
-
-def _captioned(first: str, second: str, image: Image.Image) -> Image.Image:
-    cell = Image.new("RGB", (max(image.width, 264), image.height + 2 * _LINE), _PAPER)
-    pen = ImageDraw.Draw(cell)
-    _write(pen, (0, 0), first, 15, _INK, cell.width)
-    _write(pen, (0, _LINE - 1), second, 13, _SOFT, cell.width)
-    cell.paste(image, (0, 2 * _LINE))
-    return cell
-
-
-def _flow(images: Sequence[Image.Image], width: int, gap: int = _GAP) -> Image.Image:
-    """Images from left to right, in as many lines as ``width`` asks for."""
-    places, x, y, line = [], 0, 0, 0
-    for image in images:
-        if x and x + image.width > width:
-            x, y, line = 0, y + line + gap, 0
-        places.append((x, y))
-        x, line = x + image.width + gap, max(line, image.height)
-    size = [
-        max(place[axis] + image.size[axis] for place, image in zip(places, images, strict=True))
-        for axis in (0, 1)
-    ]
-    page = Image.new("RGB", (size[0], size[1]), _PAPER)
-    for place, image in zip(places, images, strict=True):
-        page.paste(image, place)
-    return page
-
-
-def _write(
-    pen: ImageDraw.ImageDraw,
-    at: tuple[int, int],
-    text: str,
-    size: int,
-    colour: tuple[int, int, int],
-    room: int,
-) -> None:
-    """One line of text, cut off with dots where it does not fit."""
-    font = ImageFont.load_default(size)
-    text = " ".join(text.split())
-    if pen.textlength(text, font=font) > room:
-        while text and pen.textlength(f"{text}...", font=font) > room:
-            text = text[:-1]
-        text += "..."
-    pen.text(at, text, fill=colour, font=font)
+    return flow([_paint(panel, owner, panel.small or many) for panel in panels], WIDTH, 4)
 
 
 def save_picture(image: Image.Image, path: Path) -> Path:

@@ -551,16 +551,18 @@ class _Job:
         return torch.tensor(ids[: count * length]).view(count, length), f"news, {count} x {length} tokens"
 
     def _passages(self, loaded: LoadedModel) -> tuple[torch.Tensor, str]:
-        """The beginnings of the packaged held-out news items: ids ``[items, T]`` and their description."""
+        """Beginnings of packaged held-out news items, at least half of all: ids ``[items, T]``, description."""
         import torch
 
         from zoo.data import load_texts
 
         if loaded.tokenizer is None:
             raise BadInput(f"{loaded.ref} has no tokenizer, so there is no text to measure it on")
-        length = min(CALIBRATION_LENGTH, _context(loaded) - 2)
-        items = loaded.tokenizer(load_texts("news", split="heldout"), add_special_tokens=False, verbose=False)
-        ids = torch.tensor([item[:length] for item in items["input_ids"] if len(item) >= length])
+        texts = load_texts("news", split="heldout")
+        items = loaded.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        middle = sorted(len(item) for item in items)[len(items) // 2]
+        length = min(CALIBRATION_LENGTH, _context(loaded) - 2, middle)
+        ids = torch.tensor([item[:length] for item in items if len(item) >= length])
         return ids, f"news, {len(ids)} items, {length} tokens of each"
 
     def _text_inputs(self, loaded: LoadedModel) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 A method declares *stages*: before, between (after attention, before the MLP) or after the two halves of a block, where
 it looks at the tokens and returns a reduction. This engine runs each block as its two halves, applies the reductions,
 and keeps what belongs to the shorter sequence in step: token sizes, the padding mask, the map back to the original
-tokens. Attention stays in the model's own kernel; a method may add a bias per key, e.g. the log of token sizes.
+tokens. Attention stays in the model's own kernel; a method may add a bias per key, e.g. the log of token sizes, or
+compute attention itself, when what it edits is the map.
 
 While a reducer is installed, block *instances* have a ``forward`` of their own; ``close`` takes it away. Classes are
 never touched, and hooks on blocks and attention modules (also those that record hidden states) work as before. All
@@ -22,7 +23,7 @@ import torch
 
 from zoo.engines.probes import Seen, tap_attention
 from zoo.engines.provenance import Trace, share
-from zoo.engines.reductions import Join, Keep, Merge, Reduction
+from zoo.engines.reductions import Blend, Join, Keep, Merge, Reduction
 from zoo.errors import BadInput, Refused, RunFailed
 from zoo.models.anatomy import Encoder, EncoderBlock
 
@@ -42,6 +43,8 @@ class _Pass:
     """The block that must come next."""
     size: torch.Tensor | None = None
     seen: Seen | None = None
+    entering: torch.Tensor | None = None
+    """Tokens that enter the attention under way, ``[B, N, D]``."""
     shorter: bool = False
     """The sequence is no longer the one that the given mask belongs to."""
     tokens: list[int] = field(default_factory=list)
@@ -99,6 +102,25 @@ class BlockView:
         """Keys averaged over the heads, ``[B, N, d]`` in float32, without gradient."""
         return self.seen.key.detach().mean(1, dtype=torch.float32)
 
+    def behind_prefix(self, patches: torch.Tensor) -> torch.Tensor:
+        """Positions of the prefix, then of ``patches [B, K]``, which count from the prefix on: ``[B, prefix + K]``."""
+        head = torch.arange(self.prefix, device=patches.device).expand(len(patches), -1)
+        return torch.cat((head, patches + self.prefix), dim=1)
+
+    def received(self) -> torch.Tensor:
+        """Attention that each token receives, averaged over heads and queries: ``[B, N]`` in float32.
+
+        Rows are computed a few at a time, so that no full map exists.
+        """
+        batch, tokens = self.tokens.shape[:2]
+        counted = (
+            torch.ones(batch, tokens, device=self.tokens.device) if self.valid is None else self.valid.float()
+        )
+        total = torch.zeros(batch, tokens, device=self.tokens.device)
+        for rows in torch.arange(tokens, device=self.tokens.device).split(max(1, min(64, tokens // 4))):
+            total += (counted[:, rows, None] * self.attention(rows).mean(1)).sum(1)
+        return total / counted.sum(1, keepdim=True)
+
     def attention(self, rows: torch.Tensor | slice) -> torch.Tensor:
         """Attention that the queries ``rows`` (positions) pay to all keys.
 
@@ -148,6 +170,8 @@ class BlockReducer:
         key_bias: bias on the attention logits of each key, ``[B, N]``, or ``None`` for none; asked before the
             attention of every block.
         counts: keep track of token sizes (else they count as one).
+        attend: what stands for the kernel in the attention of every block, from a view that has observed it; returns
+            ``[B, N, H, d]``. ``None`` = the model's own kernel.
         restore: block after which every original position gets the value of the token that holds it (dropped ones:
             zero); no stage may lie behind it.
 
@@ -163,6 +187,7 @@ class BlockReducer:
         key_bias: Callable[[BlockView], torch.Tensor | None] | None = None,
         counts: bool = False,
         restore: int | None = None,
+        attend: Callable[[BlockView], torch.Tensor] | None = None,
     ) -> None:
         self.encoder = encoder
         self.name = name
@@ -171,6 +196,7 @@ class BlockReducer:
             raise ValueError("two stages stand at the same place")
         self._key_bias = key_bias
         self._counts = counts
+        self._attend = attend
         self._restore = restore
         self._passes: deque[_Pass] = deque(maxlen=4)
         """Inputs under way: one, unless a hook runs the encoder again, or an earlier input was interrupted."""
@@ -263,11 +289,18 @@ class BlockReducer:
         module.forward = partial(self._forward, index, block)
         self._undo.append(partial(vars(module).pop, "forward", None))
         places: tuple[Place, ...] = ("between", "after")
-        if any(stage.observes for place in places if (stage := self._stages.get((index, place)))):
+        looks = any(stage.observes for place in places if (stage := self._stages.get((index, place))))
+        if looks or self._attend is not None:
             self._undo.append(tap_attention(block.attention.module, self._see))
 
-    def _see(self, seen: Seen) -> None:
-        self._passes[-1].seen = seen
+    def _see(self, seen: Seen) -> torch.Tensor | None:
+        current = self._passes[-1]
+        current.seen = seen
+        restored = self._restore is not None and current.index > self._restore
+        if self._attend is None or restored:
+            return None
+        assert current.entering is not None
+        return self._attend(self._view(current, current.index, current.entering))
 
     def _forward(
         self,
@@ -287,7 +320,9 @@ class BlockReducer:
             x = self._reduce(current, index, "before", hidden_states)
             current.tokens.append(x.shape[1])
             mask = self._mask(current, index, x, attention_mask)
+            current.entering = x
             attended, _ = block.attention.module(block.norm1(x), attention_mask=mask, **arguments)
+            current.entering = None
             x = _drop(block, block.scale1(attended)) + x
             x = self._reduce(current, index, "between", x)
             x = _drop(block, block.scale2(block.mlp(block.norm2(x)))) + x
@@ -345,7 +380,9 @@ class BlockReducer:
 
     def _recount(self, current: _Pass, reduction: Reduction, hidden: torch.Tensor) -> None:
         """Bring sizes and padding to the new length."""
-        if self._counts and isinstance(reduction, Merge | Join) and reduction.normalise:
+        if self._counts and (
+            isinstance(reduction, Blend) or (isinstance(reduction, Merge | Join) and reduction.normalise)
+        ):
             current.size = reduction.sizes()  # weighted with the sizes before
         elif self._counts and not (isinstance(reduction, Keep) and current.size is None):
             before = current.size

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from zoo.engines.reductions import Join, Keep, Merge, Reduction, Transform
+from zoo.engines.reductions import Absorb, Join, Keep, Merge, Reduction, Transform
 
 
 def spread(y: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
@@ -25,6 +25,8 @@ def share(reduction: Reduction, weight: torch.Tensor) -> torch.Tensor:
     """Sum ``weight [B, N]`` over the tokens that each output token takes in: ``[B, K]``."""
     if isinstance(reduction, Keep):
         return reduction.apply(weight)
+    if isinstance(reduction, Absorb):
+        return reduction.apply(weight.unsqueeze(-1)).squeeze(-1)
     if isinstance(reduction, Transform):
         return (reduction.matrix.detach().to(weight.dtype) @ weight.unsqueeze(-1)).squeeze(-1)
     slot = torch.where(reduction.assignment < 0, reduction.length, reduction.assignment)
@@ -99,6 +101,8 @@ def _step(reduction: Reduction, tokens: int) -> Callable[[], torch.Tensor]:
     if isinstance(reduction, Join):
         indices = replace(reduction, weight=None)  # weights may hold a gradient graph
         return lambda: indices.assignment
+    if isinstance(reduction, Absorb):
+        return lambda: reduction.matrix.detach()
     joined = reduction.assignment if isinstance(reduction, Merge) else reduction.matrix.detach()
     return lambda: joined
 

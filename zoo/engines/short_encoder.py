@@ -7,13 +7,13 @@ encoder has left. A stage before the LLM then takes away the places of the other
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from zoo.engines.blocks import BlockReducer, BlockStage
+from zoo.engines.blocks import BlockReducer, BlockStage, BlockView
 from zoo.engines.crops import feature_layer
 from zoo.models.anatomy import Anatomy
 
@@ -25,9 +25,18 @@ class ShortEncoder:
         anatomy: of a vision-language model whose projector takes patches one by one, ``[crops, P, C]``.
         stages: none of them behind the layer that is projected.
         name: who shortens, for messages.
+        key_bias, counts, attend: see :class:`zoo.engines.blocks.BlockReducer`.
     """
 
-    def __init__(self, anatomy: Anatomy, stages: Sequence[BlockStage], name: str) -> None:
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        stages: Sequence[BlockStage],
+        name: str,
+        key_bias: Callable[[BlockView], torch.Tensor | None] | None = None,
+        counts: bool = False,
+        attend: Callable[[BlockView], torch.Tensor] | None = None,
+    ) -> None:
         assert anatomy.encoder is not None
         assert anatomy.projector is not None
         self._prefix = anatomy.encoder.prefix
@@ -36,7 +45,7 @@ class ShortEncoder:
         self.slots: torch.Tensor | None = None
         """Token of the latest input that each patch is in, ``[crops, P]`` (prefix not counted); -1 = it has left."""
         restore = feature_layer(anatomy) % len(anatomy.encoder.blocks)
-        self.blocks = BlockReducer(anatomy.encoder, stages, name, restore=restore)
+        self.blocks = BlockReducer(anatomy.encoder, stages, name, key_bias, counts, restore, attend)
         self._hooks = [
             anatomy.projector.register_forward_pre_hook(self._shorten),
             anatomy.projector.register_forward_hook(self._spread, always_call=True),

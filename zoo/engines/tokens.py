@@ -82,6 +82,7 @@ class TokenReducer:
         name: for error messages.
         encoder_stages: where patches leave inside the vision encoder; then a stage before the LLM must take away the
             tokens of those that have left (see ``View.encoder_slots``).
+        encoder: the same as an encoder that is shortened already; closed with the reducer.
 
     Raises:
         Refused: the model, its encoder or its attention kernel cannot do what the stages ask for.
@@ -94,6 +95,7 @@ class TokenReducer:
         positions: Positions,
         name: str,
         encoder_stages: Sequence[BlockStage] = (),
+        encoder: ShortEncoder | None = None,
     ) -> None:
         if anatomy.vlm is None or anatomy.decoder is None or anatomy.image_token_id is None:
             raise Refused(f"{name} needs a vision-language model; this model is {anatomy.description}")
@@ -122,7 +124,7 @@ class TokenReducer:
         """Visual tokens left in each layer's cache, ``[B, layers]``, of the latest input; ``None`` = those it saw."""
         self.watch: Callable[[View, Reduction], None] | None = None
         """Called with what each stage saw of a sample and what it decided; for those who draw it."""
-        self.encoder: ShortEncoder | None = None
+        self.encoder = encoder
         """What shortens the vision encoder, if something does."""
         self._watcher: Watcher | None = None
         self._ids: torch.Tensor | None = None
@@ -132,6 +134,7 @@ class TokenReducer:
         try:
             if encoder_stages:
                 self.encoder = ShortEncoder(anatomy, encoder_stages, name)
+            if self.encoder is not None:
                 self._undo.append(self.encoder.close)
             self._install(anatomy.vlm)
         except BaseException:
@@ -328,6 +331,11 @@ class TokenReducer:
             )
         batch, length = embeds.shape[:2]
         ids = self._ids
+        if ids.shape[1] != length:
+            raise BadInput(
+                f"{self.name} finds {ids.shape[1]} token ids for {length} embeddings: another method has shortened the "
+                "prompt already; leave one of them out, or let the one in the encoder restore its patches (restore=true)"
+            )
         visual = torch.zeros_like(ids, dtype=torch.bool)
         for number in self.anatomy.visual_token_ids.values():
             visual |= ids == number

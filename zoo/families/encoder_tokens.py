@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 
 from zoo.engines.blocks import BlockReducer, BlockStage, BlockView
+from zoo.engines.short_encoder import ShortEncoder
+from zoo.engines.tokens import TokenReducer
 from zoo.errors import Refused
+from zoo.families.encoder_tokens_in_vlm import AppliedTower, check_short_tower
+from zoo.families.visual_tokens import AppliedTokens
 from zoo.interface import Applied, Method, refuse
 from zoo.models import LoadedModel
 from zoo.models.anatomy import Anatomy, Encoder
@@ -26,10 +31,13 @@ class EncoderTokenReducer(Method):
     counts_sizes: ClassVar[bool] = False
     """The method reads ``view.sizes``: how many original tokens each token stands for."""
 
+    whole_patches: ClassVar[bool] = True
+    """A patch is in one token or in none; never shared out among several."""
+
     restore: bool = Field(
         False,
         description="After the last block every position gets the value of the token that holds it: the output has "
-        "its full length again, for dense heads, mean pooling and language models.",
+        "its full length again, for dense heads, mean pooling and projectors that fold patches together.",
     )
 
     @abstractmethod
@@ -44,12 +52,19 @@ class EncoderTokenReducer(Method):
         """True when ``key_bias`` may return something on this encoder."""
         return type(self).key_bias is not EncoderTokenReducer.key_bias
 
+    def attend(self, view: BlockView) -> torch.Tensor:
+        """What stands for the attention kernel of each block, ``[B, N, H, d]``, from ``view.seen``.
+
+        Not asked unless overridden: the model's own kernel runs.
+        """
+        raise NotImplementedError
+
     def facts(self, reducer: BlockReducer) -> dict[str, float | int | str]:
         """Figures of the latest input for the report: the paper's own budget, the variant that ran."""
         return {}
 
     def check(self, loaded: LoadedModel) -> None:
-        """Refuse models without an encoder, and vision-language models unless the output is restored."""
+        """Refuse models without an encoder, and vision-language models that need every patch unless it is restored."""
         anatomy = loaded.anatomy
         if anatomy.encoder is None:
             raise refuse(self, "a vision encoder", f"the architecture {anatomy.description}")
@@ -58,15 +73,14 @@ class EncoderTokenReducer(Method):
                 self, "an encoder with one sequence per picture", "one that packs all pictures into one"
             )
         if anatomy.kind == "vlm":
-            if not self.restore:
-                raise Refused(
-                    f"{self.slug} would give the language model fewer image features than its prompt has "
-                    "placeholders: set restore=true, or apply it to the vision encoder alone"
-                )
             _read_block(self, anatomy)
+            if not self.restore:
+                check_short_tower(self, anatomy, whole_patches=self.whole_patches)
 
-    def apply(self, loaded: LoadedModel, **resources: Any) -> AppliedEncoder:
+    def apply(self, loaded: LoadedModel, **resources: Any) -> AppliedEncoder | AppliedTokens:
         """Hook ``loaded``; every input that follows is shortened until ``close``.
+
+        In a vision-language model whose patches are not restored, the language model runs on fewer visual tokens too.
 
         Raises:
             Refused: the model lacks what the method needs, or another method is at work in its encoder.
@@ -76,13 +90,31 @@ class EncoderTokenReducer(Method):
         encoder = anatomy.encoder
         assert encoder is not None
         stages = self.stages(encoder)
-        restore = None
-        if self.restore:
-            restore = _read_block(self, anatomy) if anatomy.kind == "vlm" else len(encoder.blocks) - 1
-            stages = [stage for stage in stages if stage.block <= restore]
+        last = _read_block(self, anatomy) if anatomy.kind == "vlm" else len(encoder.blocks) - 1
+        stages = [stage for stage in stages if stage.block <= last]
         bias = self.key_bias if stages and self.biases(encoder) else None
+        own = stages and type(self).attend is not EncoderTokenReducer.attend
+        attend = self.attend if own else None
+        if anatomy.kind == "vlm" and not self.restore:
+            if not stages:  # nothing leaves: nothing is touched
+                return AppliedTokens(self, loaded, TokenReducer(anatomy, [], "keep", self.slug))
+            tower = ShortEncoder(anatomy, stages, self.slug, bias, self.counts_sizes, attend)
+            return AppliedTower(self, loaded, tower, self.facts)
+        restore = last if self.restore else None
         return AppliedEncoder(
-            self, loaded, BlockReducer(encoder, stages, self.slug, bias, self.counts_sizes, restore)
+            self, loaded, BlockReducer(encoder, stages, self.slug, bias, self.counts_sizes, restore, attend)
+        )
+
+
+def require_blocks(method: Method, loaded: LoadedModel, blocks: Sequence[int]) -> None:
+    """Refuse encoders that lack one of the ``blocks`` in which ``method`` reduces."""
+    encoder = loaded.anatomy.encoder
+    assert encoder is not None
+    depth = len(encoder.blocks)
+    if any(not 0 <= block < depth for block in blocks):
+        raise Refused(
+            f"{method.slug} reduces in blocks {', '.join(map(str, blocks))}, but this model has only {depth} blocks: "
+            f"choose layers between 0 and {depth - 1}"
         )
 
 

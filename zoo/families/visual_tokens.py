@@ -256,7 +256,7 @@ def _place(layer: int) -> str:
 class AppliedTokens(Applied):
     """A token method at work. ``report`` and ``kept`` speak of the latest input."""
 
-    def __init__(self, method: VisualTokenReducer, loaded: LoadedModel, reducer: TokenReducer) -> None:
+    def __init__(self, method: Method, loaded: LoadedModel, reducer: TokenReducer) -> None:
         super().__init__(method, loaded, reducer.close)
         self.reducer = reducer
 

@@ -53,7 +53,7 @@ def measure_visual_tokens(
     task = _task(inputs, session.record)
 
     versions: dict[str, Version] = {name: arm.version(forward) for name, arm in arms.items()}
-    if kept and len(method.methods) == 1:
+    if kept and len(method.methods) == 1 and isinstance(method.methods[0], VisualTokenReducer):
         versions["replay"] = partial(_replay, method, kept, forward)
     samples = session.time("timing the prefill", versions)
     figures = {name: sample.figure(1000) for name, sample in samples.items()}

@@ -18,8 +18,7 @@ from pydantic import Field, model_validator
 
 from zoo.engines.blocks import BlockReducer, BlockStage, BlockView
 from zoo.engines.reductions import Join, Keep
-from zoo.errors import Refused
-from zoo.families.encoder_tokens import EncoderTokenReducer
+from zoo.families.encoder_tokens import EncoderTokenReducer, require_blocks
 from zoo.interface import register
 from zoo.models import LoadedModel
 from zoo.models.anatomy import Encoder
@@ -47,14 +46,7 @@ class EViT(EncoderTokenReducer):
     def check(self, loaded: LoadedModel) -> None:
         """Refuse encoders that lack one of the reducing blocks."""
         super().check(loaded)
-        encoder = loaded.anatomy.encoder
-        assert encoder is not None
-        depth = len(encoder.blocks)
-        if any(not 0 <= block < depth for block in self.layers):
-            raise Refused(
-                f"evit reduces in blocks {_listed(self.layers)}, but this model has only {depth} blocks: choose "
-                f"layers between 0 and {depth - 1}"
-            )
+        require_blocks(self, loaded, self.layers)
 
     @model_validator(mode="after")
     def _counts_fit(self) -> EViT:
@@ -106,7 +98,7 @@ class EViT(EncoderTokenReducer):
     @staticmethod
     def received_attention(view: BlockView) -> torch.Tensor:
         """Attention that each patch receives, averaged over heads and queries: ``[B, n]``; quadratic in ``n``."""
-        return view.attention(slice(None))[..., view.prefix :].mean((1, 2))
+        return view.received()[:, view.prefix :]
 
     def facts(self, reducer: BlockReducer) -> dict[str, float | int | str]:
         """The signal that was used, and the keep ratio of the paper."""
