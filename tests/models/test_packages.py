@@ -39,6 +39,19 @@ def test_only_the_named_member_is_kept_and_then_needs_no_client(
     assert fetch(file) == path
 
 
+def test_members_beside_are_kept_too_and_checked(home: Path, registry: Publish) -> None:
+    file = registry(MEMBER)
+    other = ("pkg/other.bin", hashlib.sha256(b"not asked for").hexdigest())
+    with pytest.raises(
+        DownloadFailed, match=r"pkg/other\.bin of zoo-probe 1\.0 \(pip\) is not the file expected"
+    ):
+        fetch(dataclasses.replace(file, beside=((other[0], "0" * 64),)))
+    assert kept(home) == []
+    path = fetch(dataclasses.replace(file, beside=(other,)))
+    assert path.read_bytes() == MEMBER
+    assert kept(home) == ["data.bin", "other.bin"]
+
+
 def test_a_wrong_digest_is_refused_and_nothing_is_kept(home: Path, registry: Publish) -> None:
     file = dataclasses.replace(registry(MEMBER), sha256="0" * 64)
     with pytest.raises(DownloadFailed, match=r"not the file expected.*nothing was kept"):

@@ -112,6 +112,14 @@ QUANTITIES = _quantities(
         "cosine-mean", "cosine of mean patch features", "", "higher", "quality",
         "Cosine similarity of the mean patch (weighted by size where tokens were merged) with the dense model's.",
     ),
+    (
+        "cosine-text", "cosine of text embeddings", "", "higher", "quality",
+        "Cosine similarity of the embeddings of held-out passages with the dense model's.",
+    ),
+    (
+        "retrieval", "passages found", "", "higher", "quality",
+        "Fraction of held-out passages whose own continuation is nearest among all continuations.",
+    ),
     # Memory
     ("parameters", "parameters", "M", "lower", "memory", "All parameters of the model, shared ones once."),
     ("weight-bytes", "weights", "MB", "lower", "memory", "Bytes of all parameters, shared ones once."),

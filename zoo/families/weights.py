@@ -4,6 +4,7 @@
 transformers, and reports. Which base a method takes depends on what it decides:
 
 - ``WeightPruner`` (here): which heads and channels of every layer stay, from statistics of one calibration pass;
+- ``GroupPruner`` (``group_pruning``): the same, from scores of all weights that leave together;
 - ``LayerRemover`` (``layer_removal``): which layers leave, or which attention and feed-forward parts of them;
 - ``WeightSparsifier`` (``weight_sparsity``): which weights become zero, layer by layer, shapes unchanged;
 - ``LayerBudget`` (``layer_budget``): other methods that go layer by layer and can be given a sparsity for each (OWL);

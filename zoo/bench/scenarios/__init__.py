@@ -7,6 +7,12 @@ the session's record. ``zoo run`` and ``zoo bench`` call the same functions.
 from zoo.bench.scenarios.decoding import measure_decoding
 from zoo.bench.scenarios.encoder_tokens import measure_encoder_tokens
 from zoo.bench.scenarios.visual_tokens import measure_visual_tokens
-from zoo.bench.scenarios.weights import measure_weights
+from zoo.bench.scenarios.weights import measure_embedding_weights, measure_weights
 
-__all__ = ["measure_decoding", "measure_encoder_tokens", "measure_visual_tokens", "measure_weights"]
+__all__ = [
+    "measure_decoding",
+    "measure_embedding_weights",
+    "measure_encoder_tokens",
+    "measure_visual_tokens",
+    "measure_weights",
+]

@@ -9,11 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from zoo.bench.flops import count_flops
 from zoo.bench.memory import bytes_per_decode_step, cache_bytes, parameter_bytes, parameter_count, peak_bytes
 from zoo.bench.quality import language_quality
 from zoo.bench.session import Arm, Session, greedy, logit_gap, outputs_of
+from zoo.engines.contrastive import embed, triplets_of
 from zoo.models import LoadedModel
 
 STEPS = 24
@@ -47,10 +49,45 @@ def measure_weights(
     _outputs(session, dense, pruned, prompt, inputs)
 
 
+@torch.no_grad()
+def measure_embedding_weights(
+    session: Session, dense: LoadedModel, pruned: LoadedModel, heldout: torch.Tensor, task: str
+) -> None:
+    """Measure a text encoder whose weights were pruned beside the dense one.
+
+    Args:
+        session: collects the figures.
+        dense, pruned: on one device.
+        heldout: token ids ``[windows, T]``; the two halves of a window are a passage and its continuation.
+        task: names that text.
+    """
+    _memory(session, dense, pruned)
+    session.progress("comparing embeddings of held-out text", 0, 1)
+    triplets = triplets_of(heldout, dense.tokenizer)
+    found, passages = [], []
+    for loaded in (dense, pruned):
+        first, second = (embed(loaded.anatomy, ids).float() for ids in (triplets.query, triplets.positive))
+        nearest = (functional.normalize(first) @ functional.normalize(second).T).argmax(1)
+        found.append(float((nearest == torch.arange(len(first), device=nearest.device)).float().mean()))
+        passages.append(first)
+    session.add_exact("retrieval", found[0], found[1], n=len(heldout), task=task)
+    similarity = functional.cosine_similarity(passages[0], passages[1])
+    session.add_fidelity("cosine-text", float(similarity.mean()), n=len(heldout), task=task)
+
+
 def _memory(session: Session, dense: LoadedModel, pruned: LoadedModel) -> None:
     counts = [parameter_count(loaded.model) / 1e6 for loaded in (dense, pruned)]
     session.add_exact("parameters", *counts)
     session.add_exact("weight-bytes", *(parameter_bytes(loaded.model) / 1e6 for loaded in (dense, pruned)))
+    if counts[0] == counts[1] and _nonzero(pruned) < _nonzero(dense):
+        session.note(
+            "Weights that became zero are stored like all others: without kernels for sparse matrices, neither memory "
+            "nor time falls."
+        )
+
+
+def _nonzero(loaded: LoadedModel) -> int:
+    return sum(int(torch.count_nonzero(parameter)) for parameter in loaded.model.parameters())
 
 
 def _quality(
