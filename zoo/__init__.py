@@ -24,6 +24,7 @@ _HOMES = {
     "implemented": "zoo.interface",
     "register": "zoo.interface",
     "run": "zoo.runner",
+    "evaluate": "zoo.evaluation",
     "train": "zoo.training",
     "Report": "zoo.report",
     "Card": "taxonomy.card",
@@ -39,6 +40,7 @@ __all__ = [
     "Stack",
     "ZooError",
     "__version__",
+    "evaluate",
     "implemented",
     "load_model",
     "method",
@@ -62,6 +64,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from taxonomy.card import Card
     from zoo.errors import ZooError
+    from zoo.evaluation import evaluate
     from zoo.interface import Applied, Method, Stack, implemented, method, register
     from zoo.models import LoadedModel
     from zoo.models.loading import load_model

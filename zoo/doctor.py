@@ -28,6 +28,7 @@ _OPTIONAL = {
     "onnx": "needed once, to convert dinov2-small-saliency (pip install 'efficiency-zoo[vision]')",
     "peft": "needed to recover pruned models with zoo train (pip install 'efficiency-zoo[train]')",
     "datasets": "needed for calibration text from the hub (pip install 'efficiency-zoo[datasets]')",
+    "lm_eval": "needed for standard scores with zoo eval (pip install 'efficiency-zoo[eval]')",
     "pyarrow": "needed to read calibration text from parquet files (pip install 'efficiency-zoo[datasets]')",
 }
 

@@ -249,6 +249,7 @@ def test_task_files_that_cannot_be_used(text: str | None, reason: str, tmp_path:
 @pytest.mark.usefixtures("harness")
 def test_a_folder_without_tasks_and_no_task_at_all(tmp_path: Path) -> None:
     (tmp_path / "common.yaml").write_text("output_type: multiple_choice")
+    (tmp_path / "group.yaml").write_text("group: many\ntask: [arc_easy]")
     with pytest.raises(BadInput, match="holds no task file"):
         zoo.evaluate("tiny-llama", [str(tmp_path)])
     with pytest.raises(BadInput, match="at least one task"):

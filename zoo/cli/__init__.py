@@ -51,6 +51,7 @@ COMMANDS = (
     ),
     Command("train", "zoo.cli.training:train", "Train what a method has to train, and save the result.", RUN),
     Command("fit", "zoo.cli.fitting:fit", "Find the parameters of a method on samples.", RUN),
+    Command("eval", "zoo.cli.evaluating:evaluate", "Score a model on standard tasks.", RUN),
     Command("results", "zoo.cli.results_command:results", "List what was measured.", RUN),
     Command("models", "zoo.cli.running:models", "List the models that have a short name.", RUN),
     Command("catalog", "zoo.cli.catalog_commands:app", "Build, check, query or export the catalogue.", KEEP),
