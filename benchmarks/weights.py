@@ -136,7 +136,18 @@ def sparsity(row: dict[str, Any]) -> float:
 def table(rows: list[dict[str, Any]]) -> Table:
     """All finished cells, by sparsity and perplexity."""
     out = Table(title=f"Weight pruning of {rows[0]['model']} ({rows[0]['environment']['hardware']})")
-    columns = ("sparsity", "method", "removed", "perplexity", "agreement", "KL", "prefill", "of", "decode", "of")
+    columns = (
+        "sparsity",
+        "method",
+        "removed",
+        "perplexity",
+        "agreement",
+        "KL",
+        "prefill",
+        "of",
+        "decode",
+        "of",
+    )
     for name in (*columns, "predicted", "pruning s", "peak MB"):
         out.add_column(name, justify="left" if name == "method" else "right")
     last: float | None = None

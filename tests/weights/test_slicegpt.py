@@ -9,6 +9,7 @@ import torch
 from architectures import MODELS, build, decoder_of, ids, logits, padded, state
 
 import zoo
+from zoo.dialogues import Dialogue
 from zoo.errors import BadParameter, Refused
 from zoo.methods.weights._slicegpt_rotation import principal_components, second_moment
 from zoo.methods.weights.slicegpt import SliceGPT
@@ -152,6 +153,26 @@ def test_principal_components_are_ordered_and_not_centred() -> None:
     values, vectors = principal_components(moment)
     assert values.tolist() == sorted(values.tolist(), reverse=True)
     assert abs(float(vectors[:, 0].sum())) > 2.3  # along the mean: six times 1 / sqrt(6)
+
+
+def test_recovery_trains_adapters_beside_the_shortcuts(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    model, processor = tiny_model("tiny-llama")
+    texts = [
+        f"the {word} sat on the mat and looked at the {word}" for word in ("cat", "dog", "cow", "hen", "fox")
+    ]
+    trained = zoo.train(
+        "slicegpt",
+        LoadedModel(model, processor, "tiny-llama"),
+        [Dialogue("", text) for text in texts * 2],
+        output=tmp_path / "out",
+        recipe={"steps": 10, "learning_rate": 0.02, "batch": 4},
+        calibration=texts * 60,
+    )
+    assert trained.record.after["held-out perplexity"] < 0.9 * trained.record.before["held-out perplexity"]
+    decoder = decoder_of(zoo.load_model(str(tmp_path / "out" / "model")))
+    assert decoder.hidden_size < 64
+    assert decoder.layers[0].attention_shortcut is not None
 
 
 def test_what_cannot_be_rotated_is_refused() -> None:

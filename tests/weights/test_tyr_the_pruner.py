@@ -27,9 +27,7 @@ def nothing(*_: int) -> None:
 def supernet_of(name: str, sparsity: float = 0.3, whole_groups: bool = True, number: int = 0) -> Supernet:
     supernet = Supernet(decoder_of(build(name)), sparsity, whole_groups)
     with torch.no_grad():
-        supernet.build(
-            ids(), number, levels=9, updates=4, batch=3, device=None, progress=nothing
-        )
+        supernet.build(ids(), number, levels=9, updates=4, batch=3, device=None, progress=nothing)
     return supernet
 
 
@@ -95,7 +93,7 @@ def test_levels_lie_around_the_budget(name: str) -> None:
             assert int(variant.kept.sum()) == slot.groups - slot.removed - level * step
             assert variant.columns.shape == (48, int(variant.kept.sum()) * slot.size)
         assert 0 in slot.variants
-        assert 0 <= slot.removed + min(slot.variants) * step
+        assert slot.removed + min(slot.variants) * step >= 0
     removed = sum(slot.removed * slot.cost for slot in supernet.slots)
     total = supernet.decoder.prunable_parameters()
     assert abs(removed / total - 0.3) < 0.005
@@ -112,7 +110,7 @@ def test_steps_are_exchanged_within_a_kind_only() -> None:
         for kind in ("output", "down"):
             assert sum(x for x, slot in zip(levels, supernet.slots, strict=True) if slot.kind == kind) == 0
         assert all(x in slot.variants for x, slot in zip(levels, supernet.slots, strict=True))
-        assert sum(map(abs, levels)) <= 8
+        assert 0 < sum(abs(x - y) for x, y in zip(levels, parent, strict=True)) <= 8 or levels == parent
         parent = levels
     assert len(seen) > 20
 
@@ -214,7 +212,8 @@ def test_deep_cuts_take_whole_blocks_and_can_be_saved(heads: str, tmp_path: Path
     loaded = build("llama-gqa")
     applied = TyrThePruner(sparsity=0.85, heads=heads, **QUICK).apply(loaded, calibration=ids())
     decoder = decoder_of(applied.loaded)
-    assert any(not layer.attention.heads for layer in decoder.layers) or len(decoder.layers) < 3
+    if heads == "groups":
+        assert len(decoder.layers) < 3 or any(not layer.attention.heads for layer in decoder.layers)
     assert any(layer.attention.heads for layer in decoder.layers)
     applied.save(tmp_path / "small")
     again = zoo.load_model(str(tmp_path / "small"))

@@ -131,6 +131,9 @@ def removal_costs(weight: torch.Tensor, inverse: torch.Tensor, size: int) -> tor
         ``[groups]``, infinite for groups that are gone.
     """
     out, inputs = weight.shape
+    if size == 1:  # nothing to solve; there may be many thousands of them
+        left = inverse.diagonal()
+        return torch.where(left == 0, torch.inf, weight.square().sum(0) / left / 2)
     groups = torch.arange(inputs // size, device=weight.device)
     blocks = inverse.view(len(groups), size, len(groups), size)[groups, :, groups]
     gone = blocks.diagonal(dim1=1, dim2=2).sum(1) == 0
@@ -154,8 +157,8 @@ def remove_columns(
         The new weight, and the inverse Hessian of what is left, zero in rows and columns of what is gone.
     """
     update = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
-    weight = weight - weight[:, gone] @ update
-    inverse = inverse - inverse[:, gone] @ update
+    weight = torch.addmm(weight, weight[:, gone], update, alpha=-1)
+    inverse = torch.addmm(inverse, inverse[:, gone], update, alpha=-1)
     weight[:, gone] = 0
     inverse[gone] = 0
     inverse[:, gone] = 0

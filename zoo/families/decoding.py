@@ -33,6 +33,10 @@ class Decoder(Method):
         config = loaded.model.config
         if getattr(config, "is_encoder_decoder", False):
             raise refuse(self, "a decoder-only model", f"an encoder and a decoder ({config.model_type})")
+        if not getattr(config, "is_causal", True):
+            raise refuse(
+                self, "a causal decoder", "attention that looks both ways (zoo show window-diffusion)"
+            )
         if not getattr(loaded.model, "can_generate", lambda: False)():
             raise refuse(self, "a model with a language-model head", f"none ({type(loaded.model).__name__})")
 

@@ -100,8 +100,8 @@ class LaCo(WeightMethod):
         0.75,
         ge=-1,
         le=1,
-        description="T: similarity to the dense model above which a merge is accepted. The authors take 0.45 for a model "
-        "of 13B parameters.",
+        description="T: similarity to the dense model above which a merge is accepted. The authors take 0.45 for a "
+        "model of 13B parameters.",
     )
     interval: int = Field(1, ge=1, description="I: layers to go down after an accepted merge.")
     low: int = Field(0, ge=0, description="L: lowest layer that may take in others.")
