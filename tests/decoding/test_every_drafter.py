@@ -14,10 +14,12 @@ from zoo.engines.datastore import Datastore
 from zoo.engines.verification_cost import VerificationCost
 from zoo.errors import Refused
 from zoo.families.decoding import AppliedDecoder
+from zoo.methods.decoding._eagle_head import EagleHead
+from zoo.methods.decoding._medusa_heads import MedusaHeads
 from zoo.models import LoadedModel
 from zoo.models.tiny import byte_tokenizer
 
-METHODS = ("prompt-lookup", "token-recycling", "sam-decoding", "rest", "goose")
+METHODS = ("prompt-lookup", "token-recycling", "sam-decoding", "rest", "goose", "medusa", "eagle")
 EAGER: dict[str, dict[str, Any]] = {
     "prompt-lookup": {"max_ngram": 2, "draft_tokens": 5, "rule": "transformers"},
     "sam-decoding": {"min_match": 2},
@@ -40,15 +42,29 @@ def model(**changes: Any) -> LoadedModel:
     return loaded
 
 
-def apply(slug: str, loaded: LoadedModel, **options: Any) -> AppliedDecoder:
-    resources: dict[str, Any] = {}
+def resources(slug: str, loaded: LoadedModel) -> dict[str, Any]:
+    """A store, or heads that expect the model to repeat itself."""
+    if slug == "medusa":
+        return {"heads": MedusaHeads.fresh(loaded, 3).to(loaded.dtype).eval()}
+    if slug == "eagle":
+        head = EagleHead.fresh(loaded)
+        with torch.no_grad():
+            for parameter in head.parameters():
+                parameter.zero_()
+            # The token's half is ignored, the feature's half stays as it is.
+            head.fuse.weight[:, head.fuse.out_features :].copy_(torch.eye(head.fuse.out_features))
+        return {"heads": head.to(loaded.dtype).eval()}
     if slug == "rest":
         # The store holds what the model says, among other text.
         said = plain(loaded, prompts(1, 20), max_new_tokens=60)[0].tolist()
         store = Datastore.build(TEXTS, loaded.tokenizer, 16)
         tokens = torch.tensor([*said, *store.array.tokens.tolist()]).numpy()
-        resources["datastore"] = Datastore(type(store.array).build(tokens, 16), store.tokenizer, 2)
-    return zoo.method(slug, **(EAGER.get(slug, {}) | options)).apply(loaded, **resources)
+        return {"datastore": Datastore(type(store.array).build(tokens, 16), store.tokenizer, 2)}
+    return {}
+
+
+def apply(slug: str, loaded: LoadedModel, **options: Any) -> AppliedDecoder:
+    return zoo.method(slug, **(EAGER.get(slug, {}) | options)).apply(loaded, **resources(slug, loaded))
 
 
 @pytest.mark.parametrize("kind", ["mha", "gqa"])
@@ -186,7 +202,7 @@ def test_the_same_output_on_any_budget(slug: str) -> None:
     for cost in (free, dear):
         method = apply(slug, loaded, budget="fixed")
         applied = method.method.model_copy(update={"budget": "auto"}).apply(
-            loaded, cost=cost, **({"datastore": method.drafter.store} if slug == "rest" else {})
+            loaded, cost=cost, **resources(slug, loaded)
         )
         out = applied.generate(input_ids=ids, do_sample=False, max_new_tokens=50)
         assert torch.equal(out, expected)

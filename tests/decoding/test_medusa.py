@@ -210,6 +210,9 @@ def test_trained_heads_are_found_from_both_folders(trained: Path) -> None:
     half.model.to(torch.bfloat16)
     applied = zoo.method("medusa", heads=str(trained)).apply(half)
     assert applied.generate(input_ids=ids, do_sample=False, max_new_tokens=16).shape == (1, 28)
+    fresh = MedusaHeads.fresh(half, 2)  # float32, as after a training
+    applied = zoo.method("medusa").apply(half, heads=fresh)
+    assert applied.generate(input_ids=ids, do_sample=False, max_new_tokens=16).shape == (1, 28)
 
 
 def test_joint_training_saves_a_model_with_its_heads(trained: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def test_every_tiny_name_can_be_built_and_every_recipe_exists() -> None:
 
 def test_real_models_state_licence_size_and_digest() -> None:
     real = [model for model in known_models() if not model.random]
-    assert {model.name for model in real} == {"smollm2-135m", "stories15m", "dinov2-small-saliency"}
+    assert {model.name for model in real} == {"smollm2-135m", "stories15m", "dinov2-small-saliency", "minilm"}
     for model in real:
         assert model.licence
         assert model.megabytes > 0

@@ -108,8 +108,8 @@ class Seen:
 
 
 Tap = Callable[[Seen], torch.Tensor | None]
-"""Looks at an attention call. What it returns, ``[B, Nq, H, d]``, stands for the output of the kernel, which then does not
-run; ``None`` = the kernel runs."""
+"""Looks at an attention call. What it returns, ``[B, Nq, H, d]``, stands for the output of the kernel, which then does
+not run; ``None`` = the kernel runs."""
 _taps: weakref.WeakKeyDictionary[nn.Module, list[Tap]] = weakref.WeakKeyDictionary()
 
 

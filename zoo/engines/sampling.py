@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from zoo.engines.trees import DETACHED, ROOT, path_to
+
 SCORE_ONLY = frozenset(
     {
         "TemperatureLogitsWarper",
@@ -67,6 +69,20 @@ class Warper:
             return torch.stack([self.after(row, length, chain[:i], logits[i]) for i in range(len(chain) + 1)])
         scores = logits.to(self.ids.device, torch.float32, copy=True)
         return self.processors(self.ids[row : row + 1, :length].expand(len(scores), -1), scores)
+
+    def throughout(
+        self, row: int, length: int, tokens: Sequence[int], parents: Sequence[int], logits: torch.Tensor
+    ) -> torch.Tensor:
+        """Scores ``[n + 1, V]`` after the root and after each of the ``n`` nodes of a tree, from ``logits`` alike."""
+        if not self.contextual:
+            return self.along(row, length, tokens, logits)
+        paths = [path_to(node, parents) for node in range(ROOT, len(tokens))]
+        return torch.stack(
+            [
+                self.after(row, length, [tokens[node] for node in path], logits[place])
+                for place, path in enumerate(paths)
+            ]
+        )
 
 
 def longest_match(draft: Sequence[int], choices: Sequence[int]) -> int:
@@ -177,6 +193,46 @@ def accept_siblings(
             law[token] = 0.0
             law = law / law.sum().clamp(min=torch.finfo(law.dtype).tiny)
     return None, p
+
+
+def typical_path(
+    tokens: Sequence[int], parents: Sequence[int], p: torch.Tensor, epsilon: float, alpha: float
+) -> list[int]:
+    """Typical acceptance in a tree: not exact, but the longer drafts survive the less certain the target is.
+
+    A token passes when its probability is above ``min(epsilon, alpha * exp(-H))``, ``H`` being the entropy at its
+    place (Medusa, 2401.10774, section 2.3.1). The deepest run of tokens that pass wins; among equally deep ones the
+    likeliest.
+
+    Args:
+        tokens: token of each node ``[n]``.
+        parents: ``[n]``, see ``zoo.engines.trees``.
+        p: the target's distributions after the root and after each node, ``[n + 1, V]``, float32.
+        epsilon: a probability that always suffices.
+        alpha: factor of the threshold that falls with the entropy.
+
+    Returns:
+        Node indices from the root downwards.
+    """
+    if not tokens:
+        return []
+    # The small constant is the official code's; with it the entropies agree to the last digit.
+    entropy = -(p * (p + 1e-5).log()).sum(-1)
+    threshold = (alpha * (-entropy).exp()).clamp(max=epsilon)
+    places = torch.tensor([max(parent, ROOT) + 1 for parent in parents], device=p.device)
+    chances = p[places, torch.tensor(tokens, device=p.device)]
+    passed = (chances > threshold[places]).tolist()
+    logs = chances.log().tolist()
+    runs: dict[int, tuple[int, float]] = {ROOT: (0, 0.0)}
+    best = ROOT
+    for node, parent in enumerate(parents):
+        if parent == DETACHED or parent not in runs or not passed[node]:
+            continue
+        depth, score = runs[parent]
+        runs[node] = (depth + 1, score + logs[node])
+        if runs[node] > runs[best]:
+            best = node
+    return path_to(best, parents)
 
 
 def draw(p: torch.Tensor) -> int:

@@ -334,7 +334,7 @@ class TokenReducer:
         if ids.shape[1] != length:
             raise BadInput(
                 f"{self.name} finds {ids.shape[1]} token ids for {length} embeddings: another method has shortened the "
-                "prompt already; leave one of them out, or let the one in the encoder restore its patches (restore=true)"
+                "prompt already; leave one out, or let the one in the encoder restore its patches (restore=true)"
             )
         visual = torch.zeros_like(ids, dtype=torch.bool)
         for number in self.anatomy.visual_token_ids.values():

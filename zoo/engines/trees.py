@@ -108,8 +108,12 @@ def longest_path(tokens: Sequence[int], parents: Sequence[int], choices: Sequenc
         length[index + 1] = length[parent + 1] + 1
         if length[index + 1] > length[best]:
             best = index + 1
+    return path_to(best - 1, parents)
+
+
+def path_to(node: int, parents: Sequence[int]) -> list[int]:
+    """Nodes from the root (left out) down to ``node``; empty for the root itself."""
     path: list[int] = []
-    node = best - 1
     while node >= 0:
         path.append(node)
         node = parents[node]

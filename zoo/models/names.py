@@ -157,6 +157,7 @@ _TINY = (
     ("tiny-mistral", "decoder", "Mistral without sliding window."),
     ("tiny-gemma3", "decoder", "Gemma 3: norms behind attention and MLP too, sliding and full attention."),
     ("tiny-phi3", "decoder", "Phi-3: query, key and value in one linear layer, gate and up in another."),
+    ("tiny-llada", "decoder", "A Llama that looks both ways and fills in masks, as LLaDA does."),
     ("tiny-vit", "encoder", "ViT with a classification head."),
     ("tiny-deit", "encoder", "DeiT: [CLS] and distillation token."),
     ("tiny-dinov2", "encoder", "DINOv2: layer scale."),

@@ -151,6 +151,14 @@ def _decoder(kind: str, model: str | None = None, **own: Any) -> Callable[[dict[
     return build
 
 
+def _masked_diffusion(changes: dict[str, Any]) -> tuple[Any, Any]:
+    """As LLaDA: a Llama whose attention looks both ways, and a mask to be filled in."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    own = {"vocab_size": _VOCABULARY + 1, "mask_token_id": _VOCABULARY, "is_causal": False}
+    return LlamaForCausalLM(LlamaConfig(**{**_DECODER, **own, **changes})), byte_tokenizer("<mask>")
+
+
 def _encoder(
     kind: str, processor: str, suffix: str = "Model", **own: Any
 ) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
@@ -229,6 +237,7 @@ _BUILDERS: dict[str, Callable[[dict[str, Any]], tuple[Any, Any]]] = {
         tie_word_embeddings=True,
     ),
     "tiny-phi3": _decoder("Phi3"),
+    "tiny-llada": _masked_diffusion,
     "tiny-vit": _encoder("ViT", "ViTImageProcessor", "ForImageClassification", num_labels=10),
     "tiny-deit": _encoder("DeiT", "DeiTImageProcessor"),
     "tiny-dinov2": _encoder("Dinov2", "BitImageProcessor", mlp_ratio=2),
