@@ -43,7 +43,19 @@ FIXED: dict[str, list[dict[str, Any]]] = {
 }
 """Methods whose budget is not a free fraction: the cells that are run instead."""
 
-SMALLER: dict[str, dict[str, Any]] = {"sleb": {"windows": 2}, "blockpruner": {"windows": 1}}
+SMALLER: dict[str, dict[str, Any]] = {
+    "sleb": {"windows": 2},
+    "blockpruner": {"windows": 1},
+    "tyr-the-pruner": {
+        "levels": 5,
+        "rounds": 1,
+        "generations": 4,
+        "offspring": 6,
+        "tokens": (256, 512, 1024),
+        "survivors": (2, 1),
+    },
+    "tracenas": {"windows": 4, "population": 8, "elites": 3, "iterations": 3},
+}
 """Searches made for GPUs, scaled to minutes on two cores. The parameters stand in every record."""
 
 ORDERS = (
