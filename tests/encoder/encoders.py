@@ -11,7 +11,7 @@ import torch
 from zoo.models import LoadedModel
 from zoo.models.tiny import tiny_model
 
-PREFIX = {"vit": 1, "deit": 2, "clip": 1, "siglip": 0, "dinov2": 1, "dinov2-registers": 5}
+PREFIX = {"vit": 1, "deit": 2, "clip": 1, "siglip": 0, "dinov2": 1, "dinov2-registers": 5, "beit": 1}
 ENCODERS = tuple(PREFIX)
 DEPTH = 4
 

@@ -20,10 +20,20 @@ def test_every_tiny_name_can_be_built_and_every_recipe_exists() -> None:
 
 def test_real_models_state_licence_size_and_digest() -> None:
     real = [model for model in known_models() if not model.random]
-    assert {model.name for model in real} == {"smollm2-135m", "stories15m", "dinov2-small-saliency", "minilm"}
+    assert {model.name for model in real} == {
+        "smollm2-135m",
+        "stories15m",
+        "dinov2-small-saliency",
+        "minilm",
+        "reference-vlm",
+    }
     for model in real:
         assert model.licence
         assert model.megabytes > 0
+        if model.parts:
+            assert all(KNOWN[name].package is not None for name in model.parts)
+            assert model.trained is not None
+            continue
         assert model.package is not None
         assert len(bytes.fromhex(model.package.sha256)) == 32
     assert "4-bit" in KNOWN["smollm2-135m"].caveat

@@ -47,6 +47,9 @@ class _Pass:
     """Tokens that enter the attention under way, ``[B, N, D]``."""
     shorter: bool = False
     """The sequence is no longer the one that the given mask belongs to."""
+    places: torch.Tensor | None = None
+    """Where each token stands in the original sequence, ``[B, N]``: a merged one at its anchor. Only kept for encoders
+    with relative positions; ``None`` = nothing has moved."""
     tokens: list[int] = field(default_factory=list)
     memory: dict[str, Any] = field(default_factory=dict)
 
@@ -260,6 +263,11 @@ class BlockReducer:
         """
         return self._finished.trace.sources()
 
+    @property
+    def patch_sources(self) -> torch.Tensor:
+        """``sources`` without the prefix on either side, ``[B, n_out, n_in]``."""
+        return self.sources[:, self.encoder.prefix :, self.encoder.prefix :]
+
     def unmerge(self, y: torch.Tensor) -> torch.Tensor:
         """Spread output tokens over the positions they came from: ``y [B, N_out, D]`` -> ``[B, N_in, D]``.
 
@@ -316,6 +324,8 @@ class BlockReducer:
                 f"{self.name} does not work with gradient checkpointing: turn it off to train with {self.name}"
             )
         current = self._enter(index, hidden_states, attention_mask)
+        if block.pair_bias is not None:
+            attention_mask = block.pair_bias(current.trace.tokens, attention_mask, arguments)
         try:
             x = self._reduce(current, index, "before", hidden_states)
             current.tokens.append(x.shape[1])
@@ -330,6 +340,7 @@ class BlockReducer:
             if index == self._restore and current.trace:
                 x = current.trace.spread(x)
                 current.size, current.valid, current.shorter = None, current.padding, False
+                current.places = None
         except BaseException:
             self._end(current)
             raise
@@ -338,7 +349,9 @@ class BlockReducer:
 
     def _enter(self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None) -> _Pass:
         if index == 0:
-            padding = _key_mask(mask, hidden, self.name) if mask is not None and self._stages else None
+            positions = self.encoder.blocks[0].pair_bias is not None  # then the mask speaks of those
+            hides = None if positions or not self._stages else mask
+            padding = None if hides is None else _key_mask(hides, hidden, self.name)
             trace = Trace(hidden.shape[0], hidden.shape[1], hidden.device)
             self._passes.append(_Pass(trace, padding, padding))
         # Passes that stopped half-way (an exception in somebody's hook) lie on top and wait for another block.
@@ -375,6 +388,9 @@ class BlockReducer:
         current.shorter = True
         current.seen = None
         current.trace.add(reduction)
+        if self.encoder.blocks[index].pair_bias is not None:
+            anchor, places = reduction.anchor, current.places
+            current.places = anchor if places is None else places.gather(1, anchor)
         self._recount(current, reduction, hidden)
         return reduction.apply(hidden)
 
@@ -402,16 +418,27 @@ class BlockReducer:
         valid = current.valid
         if bias is None and not current.shorter:
             return given
-        if bias is None and (valid is None or self._flash):
+        pairs = None if self.encoder.blocks[index].pair_bias is None else given
+        if pairs is None and bias is None and (valid is None or self._flash):
             return valid
         mask = hidden.new_zeros(hidden.shape[:2]) if bias is None else bias.to(hidden.dtype)
         if valid is not None:
             mask = mask.masked_fill(~valid, torch.finfo(mask.dtype).min)
-        return mask[:, None, None, :]
+        mask = mask[:, None, None, :]
+        return mask if pairs is None else mask + _at_places(pairs, current.places)
 
     @property
     def _flash(self) -> bool:
         return "flash" in str(getattr(self.encoder.config, "_attn_implementation", ""))
+
+
+def _at_places(pairs: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
+    """A bias for each two positions, ``pairs [1 or B, H, N, N]``, of those at ``places [B, K]``: ``[B, H, K, K]``."""
+    if places is None:
+        return pairs
+    pairs = pairs.expand(len(places), -1, -1, -1)
+    samples = torch.arange(len(places), device=places.device)[:, None, None]
+    return pairs[samples, :, places.unsqueeze(2), places.unsqueeze(1)].permute(0, 3, 1, 2).contiguous()
 
 
 def _drop(block: EncoderBlock, x: torch.Tensor) -> torch.Tensor:

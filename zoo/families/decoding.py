@@ -58,17 +58,18 @@ class Decoder(Method):
 
 
 class BudgetedDecoder(Decoder):
-    """A decoder whose drafts cost next to nothing, so that what counts is how many of their nodes are verified.
+    """A decoder that can keep its drafts to what pays.
 
     With ``budget = auto`` each draft is cut to the nodes that pay by the measured cost of verifying them and the
-    acceptance so far, down to none. ``apply`` takes the resource ``cost`` (a ``VerificationCost``) in place of the
-    curve that is measured and kept.
+    acceptance so far, down to none. Drafting that takes passes through a model has to pay, too; since it is timed, a
+    seed then no longer fixes which of the equally distributed outputs is sampled. ``apply`` takes the resource ``cost``
+    (a ``VerificationCost``) in place of the curve that is measured and kept.
     """
 
     budget: Literal["fixed", "auto"] = Field(
         "fixed",
         description="fixed: the whole draft is verified, as in the paper; auto: as much of it as pays on this model "
-        "and device by a verification-cost curve that is measured once.",
+        "and device, down to nothing, by a verification-cost curve that is measured once.",
     )
 
     def apply(

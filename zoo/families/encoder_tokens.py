@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
 
 from zoo.engines.blocks import BlockReducer, BlockStage, BlockView
+from zoo.engines.scan_tokens import ScanReducer
 from zoo.engines.short_encoder import ShortEncoder
 from zoo.engines.tokens import TokenReducer
 from zoo.errors import Refused
@@ -19,6 +20,9 @@ from zoo.interface import Applied, Method, refuse
 from zoo.models import LoadedModel
 from zoo.models.anatomy import Anatomy, Encoder
 from zoo.report import Bar, Report
+
+if TYPE_CHECKING:
+    from zoo.families.scan_tokens import ScanTokenReducer
 
 
 class EncoderTokenReducer(Method):
@@ -135,10 +139,15 @@ class AppliedEncoder(Applied):
     input that ran to its end, also after ``close``.
     """
 
-    def __init__(self, method: EncoderTokenReducer, loaded: LoadedModel, reducer: BlockReducer) -> None:
+    def __init__(
+        self,
+        method: EncoderTokenReducer | ScanTokenReducer,
+        loaded: LoadedModel,
+        reducer: BlockReducer | ScanReducer,
+    ) -> None:
         super().__init__(method, loaded, reducer.close)
         self.reducer = reducer
-        self._facts = method.facts
+        self._facts: Callable[[Any], dict[str, float | int | str]] = method.facts
 
     @property
     def tokens_per_block(self) -> list[int]:

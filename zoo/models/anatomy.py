@@ -201,6 +201,10 @@ class EncoderBlock:
     """One pre-norm encoder block: ``x + scale1(attention(norm1(x)))``, then ``x + scale2(mlp(norm2(x)))``.
 
     ``drop`` is the dropout or stochastic depth on both branches, if the block has one.
+
+    ``pair_bias``, where attention logits depend on relative positions, makes what is added to them, ``[1, H, N, N]``:
+    from the length ``N`` of the whole sequence, the mask that the block was given, and the block's other arguments, of
+    which it takes out those that are not for the attention.
     """
 
     module: nn.Module
@@ -211,6 +215,7 @@ class EncoderBlock:
     mlp: nn.Module
     scale2: Callable[[torch.Tensor], torch.Tensor]
     drop: Callable[[torch.Tensor], torch.Tensor] | None = None
+    pair_bias: Callable[[int, torch.Tensor | None, dict[str, Any]], torch.Tensor | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -233,16 +238,77 @@ class Encoder:
     to the patch that stands at each place of that sequence, ``[sum of patches]``. The blocks of such an encoder can
     be observed, but their sequence cannot be shortened."""
 
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """``x [B, N, D]`` as [CLS] ``[B, D]`` (``None`` without one) and patches ``[B, n, D]``, no other prefix."""
+        return (x[:, 0] if self.has_cls else None), x[:, self.prefix :]
+
+
+@dataclass(frozen=True)
+class StateSpaceBlock:
+    """One block of a state-space encoder: called with hidden states, residual stream and perhaps ``positions``.
+
+    ``input`` and ``output`` are its projections, ``backward_scan`` the scan of the flipped sequence. Between the scans
+    and ``output`` a token has ``[C]`` channels.
+    """
+
+    module: nn.Module
+    input: nn.Module
+    backward_scan: nn.Module
+    output: nn.Module
+
+
+@dataclass(frozen=True)
+class StateSpaceEncoder:
+    """A vision encoder that scans its tokens instead of attending. [CLS], if any, stands in their middle."""
+
+    module: nn.Module
+    blocks: tuple[StateSpaceBlock, ...]
+    hidden_size: int
+    patch_size: int
+    image_size: int
+    has_cls: bool
+    config: Any
+
+    def cls_place(self, tokens: int) -> int | None:
+        """Place of [CLS] in a sequence of so many tokens."""
+        return (tokens - 1) // 2 if self.has_cls else None
+
+    def split(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """``x [B, N, D]`` as [CLS] ``[B, D]`` (``None`` without one) and patches ``[B, n, D]``."""
+        place = self.cls_place(x.shape[1])
+        if place is None:
+            return None, x
+        return x[:, place], torch.cat((x[:, :place], x[:, place + 1 :]), dim=1)
+
+
+@dataclass(frozen=True)
+class DenoiserBlock:
+    """One transformer block of a diffusion U-Net; its tokens are the cells of an image grid."""
+
+    module: nn.Module
+    self_attention: Attention
+    cross_attention: Attention | None
+    mlp: nn.Module
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """A diffusion U-Net. ``blocks`` are in the order in which they run."""
+
+    module: nn.Module
+    blocks: tuple[DenoiserBlock, ...]
+
 
 @dataclass(frozen=True)
 class Anatomy:
     """All parts of one model. What an architecture lacks is ``None``."""
 
-    kind: Literal["decoder", "encoder", "vlm", "embedding"]
+    kind: Literal["decoder", "encoder", "vlm", "embedding", "diffusion"]
     model_type: str
     decoder: Decoder | None = None
     text_encoder: TextEncoder | None = None
     encoder: Encoder | None = None
+    state_space: StateSpaceEncoder | None = None
     projector: nn.Module | None = None
     vlm: nn.Module | None = None
     """The module that receives ``input_ids`` and pixels, and calls encoder, projector and decoder."""
@@ -255,6 +321,7 @@ class Anatomy:
     """Which encoder hidden states the projector reads, numbered as in the config (-2: before the last block)."""
     drops_cls: bool = False
     """True when the VLM cuts the prefix tokens off before projecting."""
+    denoiser: Denoiser | None = None
 
     @property
     def visual_token_ids(self) -> dict[str, int]:
@@ -270,8 +337,10 @@ class Anatomy:
             "encoder": "vision encoder",
             "vlm": "vision-language model",
             "embedding": "text encoder",
+            "diffusion": "text-to-image model",
         }
-        return f"{self.model_type} ({names[self.kind]})"
+        kind = names[self.kind] if self.state_space is None else "vision state-space model"
+        return f"{self.model_type} ({kind})"
 
 
 Builder = Callable[[Any], Anatomy]
@@ -296,14 +365,19 @@ def anatomy_of(model: Any) -> Anatomy:
         Refused: the architecture is not known; the message lists those that are.
     """
     from zoo.models import (  # noqa: F401 - they register themselves
+        beit_like,
         bert_like,
+        diffusion,
         gemma_like,
+        gpt_like,
         idefics_like,
         internvl_like,
         llama_like,
         llava_like,
         phi_like,
         qwen_vl_like,
+        segvit_like,
+        vim_like,
         vit_like,
     )
 

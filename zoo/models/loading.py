@@ -5,6 +5,8 @@ Weights come as safetensors or not at all, and no code from a model's folder run
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import re
 from dataclasses import dataclass, field
@@ -29,6 +31,12 @@ _DTYPES = {
     "float16": ("fp16", "float16", "half"),
     "float64": ("fp64", "float64", "double"),
 }
+_OWN_MODELS = {
+    "VimModel": "zoo.models.vim",
+    "VimForImageClassification": "zoo.models.vim",
+    "SegViT": "zoo.models.segvit",
+}
+"""Model classes of ours, which transformers lacks, and the modules they are in."""
 _VISION_HALF = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
 """Image-text models of which the zoo uses the vision encoder."""
 _BARS_FROM = 2_000_000_000
@@ -52,6 +60,7 @@ def load_model(
     attention: str = "sdpa",
     source: Source | None = None,
     trust_remote_code: bool = False,
+    device_map: str | None = None,
 ) -> LoadedModel:
     """Load a model with its tokenizer, image processor or both.
 
@@ -60,13 +69,16 @@ def load_model(
     Packaged weights are converted once and kept apart from the hub's, since the two need not be equal bit by bit.
 
     Args:
-        ref: a short name such as ``smollm2-135m`` or ``tiny-llama``, a folder, or a hub id ``owner/name`` with an
-            optional ``@revision``. Write ``./name`` for a folder that is called like a short name.
+        ref: a short name such as ``smollm2-135m`` or ``tiny-llama``, a folder (of a transformers model, or of a Stable
+            Diffusion pipeline), or a hub id ``owner/name`` with an optional ``@revision``. Write ``./name`` for a
+            folder that is called like a short name.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``mps`` ...; by default CUDA when there is a device, else the CPU.
         dtype: ``fp32``, ``bf16``, ``fp16`` or a torch dtype; by default bf16 on CUDA and fp32 elsewhere.
         attention: attention implementation of transformers.
         source: take a short name from the ``hub`` or from its ``package``, and from nowhere else.
         trust_remote_code: let transformers run Python code that comes with the model.
+        device_map: let accelerate spread a model that is too large for one device over several, as transformers'
+            ``device_map``: ``auto``, ``balanced``, ``sequential``; in place of ``device``.
 
     Returns:
         The model in eval mode. Tokenizers of decoders pad on the left and have a padding token, so batches can be
@@ -91,12 +103,18 @@ def load_model(
         place = _Place(Path(), "seed 0", {"source": "random"})
     else:
         place = _resolve(name, source, trust_remote_code)
-        model = _build(place.folder, name, kind, attention, trust_remote_code)
-        processor = _processor(place.folder, name, model, trust_remote_code)
+        if (place.folder / "model_index.json").is_file():
+            from zoo.models.diffusion import load_text_to_image
+
+            model, processor = load_text_to_image(place.folder, kind)
+        else:
+            model = _build(place.folder, name, kind, attention, trust_remote_code, device_map)
+            processor = _processor(place.folder, name, model, trust_remote_code)
     import torch
 
     try:
-        model = model.to(device=where, dtype=kind) if kind is not None else model.to(device=where)
+        if getattr(model, "hf_device_map", None) is None:  # else accelerate has put it where it belongs
+            model = model.to(device=where, dtype=kind) if kind is not None else model.to(device=where)
     except torch.OutOfMemoryError:
         raise RunFailed(f"{name} does not fit on {where}; take a smaller dtype or --device cpu") from None
     return LoadedModel(model.eval(), processor, ref=name, revision=place.revision, facts=dict(place.facts))
@@ -128,6 +146,12 @@ def _known(model: KnownModel, source: Source | None) -> _Place:
     if source is not None and getattr(model, source) is None:
         raise BadInput(f"{model.name} has no {source} source")
     facts = {"licence": model.licence}
+    if model.parts:
+        from zoo.reference.assembly import assembled
+
+        facts |= {"source": "package", "assembled": " + ".join(model.parts), "caveat": model.caveat}
+        folder = assembled(model)
+        return _Place(folder, f"sha256:{folder.name}", facts)
     if source != "hub" and model.folder is not None and model.folder.is_dir():
         return _packaged(model)
     if source != "package" and model.hub is not None:
@@ -175,8 +199,10 @@ def _history(folder: Path) -> dict[str, Any]:
 # --- what it is -----------------------------------------------------------------------------------------------
 
 
-def _build(folder: Path, name: str, dtype: Any, attention: str, code: bool) -> Any:
-    """The transformers model in ``folder``, on the CPU."""
+def _build(
+    folder: Path, name: str, dtype: Any, attention: str, code: bool, device_map: str | None = None
+) -> Any:
+    """The transformers model in ``folder``, on the CPU, or where accelerate's ``device_map`` puts it."""
     from safetensors import SafetensorError
 
     from zoo.models.quiet import quiet_transformers
@@ -195,12 +221,17 @@ def _build(folder: Path, name: str, dtype: Any, attention: str, code: bool) -> A
                 trust_remote_code=code,
                 local_files_only=True,
                 output_loading_info=True,
+                **({} if device_map is None else {"device_map": device_map}),
             )
     except SafetensorError as error:
         raise BadInput(
             f"the weights of {name} are damaged ({_first_line(error)}); fetch or save them again"
         ) from None
     except ImportError as error:
+        if device_map is not None and importlib.util.find_spec("accelerate") is None:
+            raise NeedsExtra(
+                "a device map needs accelerate; install it with: pip install 'efficiency-zoo[large]'"
+            ) from None
         raise NeedsExtra(
             f"{name} cannot be loaded with attention '{attention}': {_first_line(error)}"
         ) from None
@@ -210,6 +241,11 @@ def _build(folder: Path, name: str, dtype: Any, attention: str, code: bool) -> A
         raise BadInput(
             f"the weights of {name} hold tensors that its config.json has no place for "
             f"({min(info['unexpected_keys'])} ...); save the pruned model again"
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise RunFailed(
+            f"{name} does not fit on this machine's devices together: parts of it would be offloaded, where no method "
+            "can reach them; take a smaller dtype"
         )
     # Poolers that were never saved are harmless: nothing in the zoo reads them. Any other gap would be noise.
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
@@ -248,6 +284,8 @@ def _model_class(config: dict[str, Any], code: bool) -> Any:
         causal = "AutoModelForCausalLM" in remote
         return transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     named = _VISION_HALF.get(model_type) or next(iter(config.get("architectures") or ()), None)
+    if named in _OWN_MODELS:
+        return getattr(importlib.import_module(_OWN_MODELS[named]), named)
     return getattr(transformers, named or "", None) or transformers.AutoModelForCausalLM
 
 

@@ -5,6 +5,7 @@ This is data and look-ups only; it imports neither torch nor transformers, so ``
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -51,6 +52,8 @@ MINILM = PackageFile(
         )
     ),
 )
+REFERENCE = Path(__file__).parents[1] / "reference" / "weights" / "reference-vlm.safetensors"
+"""What was trained of the reference VLM, once it has been."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class KnownModel:
     Attributes:
         name: the short name.
         description: what it is, in one line.
-        kind: ``decoder``, ``encoder``, ``vlm`` or ``embedding``, as in ``Anatomy.kind``.
+        kind: ``decoder``, ``encoder``, ``vlm``, ``embedding`` or ``diffusion``, as in ``Anatomy.kind``.
         licence: SPDX identifier of the weights; empty for random ones.
         megabytes: size of the weights on disk once converted, in 10^6 bytes; 0 when nothing is stored.
         hub: the repository on the Hugging Face hub that holds these weights, if any.
@@ -68,6 +71,8 @@ class KnownModel:
         recipe: name of the conversion in ``zoo.models.conversion``, and its revision: a change of the conversion
             raises the revision and so never reuses an older result.
         caveat: what a reader of numbers must know about the packaged weights.
+        parts: short names of the packaged models that it is put together from, by ``zoo.reference.assembly``.
+        trained: the file that comes with the zoo and holds what was trained of it.
     """
 
     name: str
@@ -79,15 +84,22 @@ class KnownModel:
     package: PackageFile | None = None
     recipe: tuple[str, int] | None = None
     caveat: str = ""
+    parts: tuple[str, ...] = ()
+    trained: Path | None = None
 
     @property
     def random(self) -> bool:
         """True for the ``tiny-*`` models: seeded random weights, built in memory."""
-        return self.package is None and self.hub is None
+        return self.package is None and self.hub is None and self.trained is None
 
     @property
     def folder(self) -> Path | None:
-        """Where the converted package is kept. It exists only when complete."""
+        """Where the converted package, or the assembled model, is kept. It exists only when complete."""
+        if self.trained is not None:
+            if not self.trained.is_file():
+                return None
+            digest = hashlib.sha256(self.trained.read_bytes()).hexdigest()
+            return home() / "models" / self.name / digest[:16]
         if self.package is None or self.recipe is None:
             return None
         return (
@@ -99,6 +111,8 @@ class KnownModel:
         """True when it loads without any network: built in memory, converted before, or in the hub's own cache."""
         if self.random or (self.folder is not None and self.folder.is_dir()):
             return True
+        if self.trained is not None:
+            return self.trained.is_file() and all(KNOWN[name].cached for name in self.parts)
         if self.hub is None:
             return False
         from zoo.models.hub import cached_snapshot
@@ -147,6 +161,16 @@ _REAL = (
         package=MINILM,
         recipe=("transformers_folder", 1),
     ),
+    KnownModel(
+        name="reference-vlm",
+        description="Small LLaVA of dinov2-small-saliency and smollm2-135m; zoo reference train makes its weights.",
+        kind="vlm",
+        licence="Apache-2.0",
+        megabytes=593.0,
+        parts=("dinov2-small-saliency", "smollm2-135m"),
+        trained=REFERENCE,
+        caveat="Small and briefly trained: compare methods on it, not models.",
+    ),
 )
 
 _TINY = (
@@ -158,12 +182,18 @@ _TINY = (
     ("tiny-gemma3", "decoder", "Gemma 3: norms behind attention and MLP too, sliding and full attention."),
     ("tiny-phi3", "decoder", "Phi-3: query, key and value in one linear layer, gate and up in another."),
     ("tiny-llada", "decoder", "A Llama that looks both ways and fills in masks, as LLaDA does."),
+    ("tiny-gpt2", "decoder", "GPT-2: positions in the embeddings, transposed projections."),
+    ("tiny-bert", "embedding", "BERT: looks both ways, norms behind attention and MLP."),
     ("tiny-vit", "encoder", "ViT with a classification head."),
     ("tiny-deit", "encoder", "DeiT: [CLS] and distillation token."),
     ("tiny-dinov2", "encoder", "DINOv2: layer scale."),
     ("tiny-dinov2-registers", "encoder", "DINOv2 with four register tokens."),
     ("tiny-clip", "encoder", "CLIP's vision encoder."),
     ("tiny-siglip", "encoder", "SigLIP's vision encoder: no [CLS] token."),
+    ("tiny-beit", "encoder", "BEiT: relative positions in attention, layer scale, mean pooling."),
+    ("tiny-segvit", "encoder", "SegViT: a ViT without [CLS], mask heads at three depths."),
+    ("tiny-vim", "encoder", "Vision Mamba: bidirectional state-space blocks, [CLS] in the middle."),
+    ("small-vim", "encoder", "Vision Mamba as large as Vim-Ti: shorter sequences save time."),
     ("tiny-llava", "vlm", "LLaVA: CLIP encoder, projector, Llama decoder; 36 visual tokens per image."),
     ("small-llava", "vlm", "LLaVA with 576 visual tokens and 40 M weights: shorter sequences save time."),
     ("tiny-llava-next", "vlm", "LLaVA-NeXT: thumbnail and crops, newline tokens."),
@@ -173,6 +203,7 @@ _TINY = (
     ("tiny-internvl", "vlm", "InternVL3: tiles and thumbnail, pixel shuffle, video."),
     ("tiny-smolvlm", "vlm", "SmolVLM: tiles and global view with text between them, pixel shuffle, video."),
     ("tiny-idefics3", "vlm", "Idefics3: tiles and global view with text between them, pixel shuffle."),
+    ("tiny-diffusion", "diffusion", "Stable Diffusion: text encoder, U-Net on 32 x 32 latents, decoder."),
 )
 
 KNOWN: dict[str, KnownModel] = {

@@ -172,6 +172,41 @@ def _encoder(
     return build
 
 
+def _segmenter(changes: dict[str, Any]) -> tuple[Any, Any]:
+    from zoo.models.segvit import SegViT, SegViTConfig
+
+    own = {"exits": [1, 2, 3], "head_size": 32, "head_layers": 2, "head_heads": 2, "num_labels": 6}
+    config = SegViTConfig(**{**own, "backbone": {"model_type": "vit", **_ENCODER}, **changes})
+    return SegViT(config), _image_processor("ViTImageProcessor", _ENCODER["image_size"])
+
+
+def _vision_mamba(**own: Any) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
+    def build(changes: dict[str, Any]) -> tuple[Any, Any]:
+        from zoo.models.vim import VimConfig, VimForImageClassification
+
+        config = VimConfig(**{"num_labels": 10, **own, **changes})
+        return VimForImageClassification(config), _image_processor("ViTImageProcessor", config.image_size)
+
+    return build
+
+
+def _text_encoder(changes: dict[str, Any]) -> tuple[Any, Any]:
+    from transformers import BertConfig, BertModel
+
+    own = {name: value for name, value in _DECODER.items() if name != "num_key_value_heads"}
+    tokenizer = byte_tokenizer()
+    tokenizer.padding_side = "right"  # positions of BERT count from the first token
+    return BertModel(BertConfig(**{**own, **changes})), tokenizer
+
+
+def _gpt2(changes: dict[str, Any]) -> tuple[Any, Any]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    own = {name: value for name, value in _DECODER.items() if name != "num_key_value_heads"}
+    own |= {"n_inner": own.pop("intermediate_size"), "tie_word_embeddings": True}
+    return GPT2LMHeadModel(GPT2Config(**{**own, **changes})), byte_tokenizer()
+
+
 def _llava(vision: dict[str, Any], text: dict[str, Any]) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
     def build(changes: dict[str, Any]) -> tuple[Any, Any]:
         return _build_llava({**_ENCODER, **vision}, {**_DECODER, **text, **changes})
@@ -221,6 +256,15 @@ def _vision_language(kind: str) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
     return build
 
 
+def _text_to_image(changes: dict[str, Any]) -> tuple[Any, Any]:
+    from zoo.models.diffusion import tiny_text_to_image
+
+    tokenizer = byte_tokenizer()
+    tokenizer.padding_side = "right"
+    tokenizer.model_max_length = 77
+    return tiny_text_to_image(tokenizer, _VOCABULARY, changes), tokenizer
+
+
 _BUILDERS: dict[str, Callable[[dict[str, Any]], tuple[Any, Any]]] = {
     "tiny-llama": _decoder("Llama"),
     "tiny-llama-mha": _decoder("Llama", num_key_value_heads=4),
@@ -238,6 +282,8 @@ _BUILDERS: dict[str, Callable[[dict[str, Any]], tuple[Any, Any]]] = {
     ),
     "tiny-phi3": _decoder("Phi3"),
     "tiny-llada": _masked_diffusion,
+    "tiny-gpt2": _gpt2,
+    "tiny-bert": _text_encoder,
     "tiny-vit": _encoder("ViT", "ViTImageProcessor", "ForImageClassification", num_labels=10),
     "tiny-deit": _encoder("DeiT", "DeiTImageProcessor"),
     "tiny-dinov2": _encoder("Dinov2", "BitImageProcessor", mlp_ratio=2),
@@ -246,6 +292,16 @@ _BUILDERS: dict[str, Callable[[dict[str, Any]], tuple[Any, Any]]] = {
     ),
     "tiny-clip": _encoder("CLIPVision", "CLIPImageProcessor"),
     "tiny-siglip": _encoder("SiglipVision", "SiglipImageProcessor"),
+    "tiny-beit": _encoder(
+        "Beit",
+        "BeitImageProcessor",
+        "ForImageClassification",
+        use_relative_position_bias=True,
+        num_labels=10,
+    ),
+    "tiny-segvit": _segmenter,
+    "tiny-vim": _vision_mamba(hidden_size=64, num_hidden_layers=4, image_size=48, patch_size=8),
+    "small-vim": _vision_mamba(hidden_size=192),
     "tiny-llava": _llava({}, {}),
     "small-llava": _llava(
         {
@@ -270,4 +326,5 @@ _BUILDERS: dict[str, Callable[[dict[str, Any]], tuple[Any, Any]]] = {
     "tiny-internvl": _vision_language("internvl"),
     "tiny-smolvlm": _vision_language("smolvlm"),
     "tiny-idefics3": _vision_language("idefics3"),
+    "tiny-diffusion": _text_to_image,
 }

@@ -61,7 +61,8 @@ def _features(session: Session, arms: Mapping[str, Arm], inputs: Mapping[str, An
     """Compare the encoder's final tokens, and keep the method's report."""
     found: dict[str, tuple[torch.Tensor | None, torch.Tensor]] = {}
     for name, arm in arms.items():
-        encoder = arm.loaded.anatomy.encoder
+        anatomy = arm.loaded.anatomy
+        encoder = anatomy.encoder or anatomy.state_space
         assert encoder is not None
         with arm.ready() as applied:
             # A classification head is passed by: features are compared, whatever stands on them.
@@ -72,15 +73,13 @@ def _features(session: Session, arms: Mapping[str, Arm], inputs: Mapping[str, An
                 layer = applied.layers[-1]
                 session.record.reports.append(layer.report)
                 sizes = _sizes(layer, last.shape[1])
-        patches = last[:, encoder.prefix :]
-        weight = (
-            torch.ones_like(patches[..., :1]) if sizes is None else sizes[:, encoder.prefix :].unsqueeze(-1)
-        )
+        cls, patches = encoder.split(last)
+        weight = torch.ones_like(patches[..., :1]) if sizes is None else encoder.split(sizes.unsqueeze(-1))[1]
         mean = (patches * weight).sum(1) / weight.sum(1)
-        found[name] = (last[:, 0] if encoder.has_cls else None, mean)
-    cls = [found[name][0] for name in ("dense", "method")]
-    if cls[0] is not None and cls[1] is not None:
-        _similarity(session, "cosine-cls", cosine(cls[0], cls[1]), task)
+        found[name] = (cls, mean)
+    classes = [found[name][0] for name in ("dense", "method")]
+    if classes[0] is not None and classes[1] is not None:
+        _similarity(session, "cosine-cls", cosine(classes[0], classes[1]), task)
     _similarity(session, "cosine-mean", cosine(found["dense"][1], found["method"][1]), task)
 
 

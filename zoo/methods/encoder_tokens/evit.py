@@ -3,7 +3,7 @@
 
 In a few blocks, between attention and MLP, the patches to which [CLS] pays most attention stay and all others are
 fused into one extra token, their sum weighted with that attention. The extra token is an ordinary one from then on.
-Made for training with the reduction on; runs on other models at some loss.
+Made for training with the reduction on (no further loss, no further parameters); runs on other models at some loss.
 """
 
 from __future__ import annotations
@@ -11,26 +11,46 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field, model_validator
+from torch.nn import functional
 
 from zoo.engines.blocks import BlockReducer, BlockStage, BlockView
+from zoo.engines.classification import Batch
 from zoo.engines.reductions import Join, Keep
-from zoo.families.encoder_tokens import EncoderTokenReducer, require_blocks
+from zoo.engines.training import Loss, Recipe
+from zoo.families.encoder_fine_tuning import EncoderFineTuning, FineTuning, backbone_groups
+from zoo.families.encoder_tokens import require_blocks
 from zoo.interface import register
 from zoo.models import LoadedModel
 from zoo.models.anatomy import Encoder
+from zoo.training import Setting
+
+
+class EViTRecipe(Recipe):
+    """Fine-tuning as published. From scratch: ``shrink_start=10``, ``shrink_epochs=100``."""
+
+    epochs: float = 30
+    learning_rate: float = 2e-5
+    final: float = 0.1
+    batch: int = 128
+    weight_decay: float = 1e-6
+    clip: float | None = None
+    shrink_start: int = Field(0, ge=0, description="Epoch from which on tokens leave.")
+    shrink_epochs: int = Field(0, ge=0, description="Epochs in which the keep ratio falls to its value.")
 
 
 @register("evit")
-class EViT(EncoderTokenReducer):
+class EViT(EncoderFineTuning):
     """Keeps ``ceil(keep_ratio * n)`` of the ``n`` tokens behind the prefix in each reducing block.
 
     Encoders without [CLS] rank patches by the attention that they receive on average: a variant, named in the report.
     Distillation token and registers stay (the release lets a distillation token compete with the patches).
     """
+
+    recipe: ClassVar[Recipe] = EViTRecipe()
 
     keep_ratio: float = Field(
         0.7, gt=0, le=1, description="Fraction of the patches kept at each reducing block."
@@ -99,6 +119,27 @@ class EViT(EncoderTokenReducer):
     def received_attention(view: BlockView) -> torch.Tensor:
         """Attention that each patch receives, averaged over heads and queries: ``[B, n]``; quadratic in ``n``."""
         return view.received()[:, view.prefix :]
+
+    def fine_tuning(self, student: LoadedModel, setting: Setting, examples: int) -> FineTuning:
+        """Everything learns with the reduction on, by the loss of the classes alone."""
+
+        def loss(batch: Batch, step: int) -> Loss:
+            with self._at(step, setting.recipe, examples).apply(student):
+                logits = student.model(pixel_values=batch.pixels).logits
+            return Loss(functional.cross_entropy(logits, batch.labels, reduction="sum"), len(batch.labels))
+
+        return FineTuning(backbone_groups(student.model), loss, lambda: self)
+
+    def _at(self, step: int, recipe: Recipe | None, examples: int) -> EViT:
+        """The method with the keep ratio of a step."""
+        if not isinstance(recipe, EViTRecipe) or self.tokens is not None:
+            return self
+        rounds = max(1, examples // (recipe.batch * recipe.accumulate))
+        start = recipe.shrink_start
+        ratio = keep_rate_at(
+            step, step // rounds, self.keep_ratio, start, start + recipe.shrink_epochs, rounds
+        )
+        return self.model_copy(update={"keep_ratio": ratio})
 
     def facts(self, reducer: BlockReducer) -> dict[str, float | int | str]:
         """The signal that was used, and the keep ratio of the paper."""

@@ -87,7 +87,10 @@ class GTPViT(EncoderTokenReducer):
         neighbours = self.neighbours + (0 if encoder.has_cls else 1)
 
         def connect(view: BlockView) -> None:
-            view.memory["graph"] = self.connect(view.tokens[:, view.prefix :], neighbours)
+            graph = self.connect(view.tokens[:, view.prefix :], neighbours)
+            view.memory["graph"] = graph
+            # Which patch of the graph each patch of the sequence is.
+            view.memory["patches"] = torch.arange(graph.shape[1], device=graph.device).expand(len(graph), -1)
 
         blocks = range(len(encoder.blocks))
         return [BlockStage(0, connect, "before"), *(BlockStage(block, self.propagate) for block in blocks)]
@@ -126,7 +129,8 @@ class GTPViT(EncoderTokenReducer):
         """The ``propagated`` patches that are needed least leave along the graph."""
         attention: torch.Tensor = view.memory.pop("attention")
         graph: torch.Tensor = view.memory["graph"]
-        count = min(self.propagated, graph.shape[1] - 1)
+        patches: torch.Tensor = view.memory["patches"]
+        count = min(self.propagated, patches.shape[1] - 1)
         if count == 0:
             return None
         score = standing(attention.detach(), self.selection, view.prefix)
@@ -134,9 +138,10 @@ class GTPViT(EncoderTokenReducer):
             score = score.masked_fill(~view.valid[:, view.prefix :], -torch.inf)
         order = score.argsort(dim=1, descending=True, stable=True)
         kept, gone = order[:, :-count], order[:, -count:]
-        rows = graph.gather(1, kept.unsqueeze(-1).expand(-1, -1, graph.shape[-1]))
-        view.memory["graph"] = rows.gather(2, kept.unsqueeze(1).expand(-1, kept.shape[1], -1))
-        share = self.alpha * rows.gather(2, gone.unsqueeze(1).expand(-1, kept.shape[1], -1))
+        rows, columns = patches.gather(1, kept), patches.gather(1, gone)
+        view.memory["patches"] = rows
+        samples = torch.arange(len(graph), device=graph.device)[:, None, None]
+        share = self.alpha * graph[samples, rows.unsqueeze(2), columns.unsqueeze(1)]
         if view.valid is not None:  # padding has nothing to give
             share = share * view.valid.gather(1, gone + view.prefix).unsqueeze(1)
         share = pad(share, (0, 0, view.prefix, 0))

@@ -1,0 +1,1 @@
+"""Methods that leave tokens, heads and cache entries of text models out of attention."""

@@ -1,0 +1,1 @@
+"""Methods that make text-to-image diffusion cheaper."""
