@@ -172,12 +172,59 @@ def test_samples_share_the_width() -> None:
 
 
 def test_drawn_tokens_are_not_cut() -> None:
-    drafter = Fixed(lambda context, row: Draft([1], laws=torch.full((1, VOCABULARY), 1 / VOCABULARY)))
-    thrifty = Thrifty(drafter, FREE)
+    """To leave out what looks unlikely would bias sampling: all or nothing, by what drafts took before."""
+    laws = torch.full((3, VOCABULARY), 1 / VOCABULARY)
+    thrifty = Thrifty(Fixed(lambda context, row: Draft([1, 2, 3], laws=laws)), STEP)
     row = Row(0, [0], 1, limit=9)
     thrifty.start(Context(None, None, True, frozenset(), 99, None, (1,)), [row])
-    with pytest.raises(ValueError, match="cannot be cut"):
-        thrifty.propose([row])
+    widths = []
+    for _ in range(300):
+        (draft,) = thrifty.propose([row])
+        thrifty.observe(row, Verified([0, *draft.tokens], [], [20], draft=draft))
+        widths.append(len(draft.tokens))
+    assert set(widths) == {0, 3}
+    # Three tokens take half a plain step more: twice the opening account, then as often as the allowance covers it.
+    assert sum(widths) / 3 == pytest.approx(2 + 300 * ALLOWANCE / 0.5, abs=1)
+
+
+class Slow(Drafter):
+    """Two seconds for a draft."""
+
+    costly = True
+
+    def __init__(self, right: bool) -> None:
+        self.right = right
+        self.seconds = 0.0
+        self.drafts = 0
+
+    def propose_row(self, row: Row) -> Draft:
+        self.seconds += 2
+        self.drafts += 1
+        return Draft([7, 7, 7, 7] if self.right else [1, 1])
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_drafting_that_takes_time_must_pay(right: bool) -> None:
+    """A plain step takes two seconds, so the account is in units of two, whatever the curve's own seconds."""
+    drafter = Slow(right)
+    thrifty = Thrifty(drafter, FREE, clock=lambda: drafter.seconds)
+    row = Row(0, [0], 1, limit=1000)
+    thrifty.start(None, [row])
+    for _ in range(300):
+        (draft,) = thrifty.propose([row])
+        drafter.seconds += 2
+        path = list(range(len(draft.tokens))) if right else []
+        row.tokens += [7] * (len(path) + 1)
+        thrifty.observe(row, Verified([0, *draft.tokens], path, [7] * (len(path) + 1), draft=draft))
+    plain = 2 * (len(row.tokens) - 1)
+    if right:
+        assert drafter.drafts == 300
+        assert drafter.seconds < 0.5 * plain
+    else:
+        assert 2 <= drafter.drafts <= 7
+        assert drafter.seconds <= plain * (1 + ALLOWANCE) + 2 * (OPENING + 1)
+    thrifty.start(None, [row])
+    assert thrifty.account == (OPENING if right else 0)
 
 
 METHODS = ["prompt-lookup", "token-recycling", "sam-decoding", "goose"]

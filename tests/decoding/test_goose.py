@@ -104,7 +104,7 @@ def test_the_acceptance_of_spines_is_followed() -> None:
     assert drafter.table.after(draft.tokens[0], 3), "nodes are recorded behind their parents too"
 
 
-@pytest.mark.parametrize("tree", ["spine", "isotropic"])
+@pytest.mark.parametrize("tree", ["spine", "isotropic", "copies"])
 def test_greedy_output_is_that_of_generate(tree: str) -> None:
     loaded = build(initializer_range=0.05)
     ids = prompts(1, 20)

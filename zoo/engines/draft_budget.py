@@ -6,16 +6,20 @@ That is learnt for nothing: every proposal, verified or not, is compared with wh
 Expectations can be wrong, so an account is kept, in plain steps: every step pays in a little, every accepted token one,
 and a draft is verified only when the account covers what it costs more than a plain step. By the curve, decoding can
 therefore never take longer than plain decoding by more than the allowance.
+
+Drafting itself goes on the account where it takes passes through a model: it is timed, and left out while the account
+does not cover it. So does the verification of drafts that must not be cut, which is all or nothing.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from time import perf_counter
 
 from zoo.engines.drafting import Context, Draft, Drafter, Kind, Row, Verified
 from zoo.engines.trees import DETACHED, ROOT, children, depths
-from zoo.engines.verification_cost import VerificationCost
+from zoo.engines.verification_cost import VerificationCost, steady_clock
 
 ALLOWANCE = 0.01
 """Share of the time of plain decoding that may be lost."""
@@ -29,6 +33,8 @@ PRIOR = 0.25
 """Chance of a node of a kind that was never observed. It is low: to wait for observations costs nothing."""
 PRIOR_WEIGHT = 2.0
 """How many observations that counts as."""
+LATEST = 0.2
+"""Weight of the latest draft among those before it: of what it took, and of what it brought."""
 MARGIN = 1.03
 """By which factor a draft must be expected to pay: of many estimates the highest is often an overestimate."""
 
@@ -126,30 +132,47 @@ def by_gain(draft: Draft, acceptance: Acceptance) -> list[tuple[float, int]]:
 class Thrifty(Drafter):
     """Another drafter whose drafts are cut to what pays.
 
-    Samples of a batch share the pass, hence the width of their drafts.
+    Samples of a batch share the pass, hence the width of their drafts. Drafts whose tokens were drawn (to cut them by
+    what they are would bias sampling) and trees with a mask or with nodes of their own stay whole: whether there is
+    one is decided before it is made, by what the earlier ones took.
 
     Args:
-        inner: the drafter. Its tokens must be chosen, not drawn (to cut drawn ones by what they are would bias
-            sampling), and its trees may have no mask or nodes of their own.
+        inner: the drafter.
         cost: of verification.
+        clock: times costly drafters, in seconds; ``None`` is ``steady_clock``.
     """
 
-    def __init__(self, inner: Drafter, cost: VerificationCost) -> None:
+    def __init__(
+        self, inner: Drafter, cost: VerificationCost, clock: Callable[[], float] | None = None
+    ) -> None:
         self.inner = inner
         self.cost = cost
+        self.clock = clock
         self.needs = inner.needs
         self.tree = inner.tree
         self.rule = inner.rule
-        self.rule = inner.rule
         self.acceptance = Acceptance()
         self.account = OPENING
+        self.price: float | None = None
+        """What a draft takes before anything of it can be left out, in plain steps; ``None`` before the first.
+        Drafts that take more than the opening account are made again only in generations long enough to save up."""
+        self.gain = 0.0
+        """What such a draft brings in the end, in plain steps. Where it is a loss, generations begin with nothing."""
+        self._now: Callable[[], float] = clock or perf_counter
         self._walks: dict[int, list[Walk]] = {}
         self._samples = 1
         self._prices: tuple[tuple[int, int], list[float]] = ((-1, -1), [])
+        self._plain: float | None = None
+        self._pass: tuple[float, float] | None = None
+        self._before: float | None = None
 
     def start(self, context: Context, rows: Sequence[Row]) -> None:
         """What was learnt about acceptance stays from one generation to the next."""
-        self.account = OPENING  # gains of one generation do not pay for losses of the next
+        # Gains of one generation do not pay for losses of the next.
+        self.account = OPENING if self.gain >= 0 else 0.0
+        if self.inner.costly:
+            self._now = self.clock or steady_clock(context.model)
+        self._pass = self._before = None
         self._walks = {row.index: [] for row in rows}
         self.inner.start(context, rows)
 
@@ -157,12 +180,38 @@ class Thrifty(Drafter):
         """The drafts of the inner drafter, or what pays of them."""
         self.acceptance.steps += 1
         self._samples = len(rows)
+        if self._before is not None:
+            self.gain += LATEST * (self.account - self._before - self.gain)
+            self._before = None
         self.account = min(MOST, self.account + ALLOWANCE)
         context = max(len(row.tokens) for row in rows)
+        affordable = (self.price or 0.0) <= self.account
+        drafts = self._drafts(rows, context) if affordable else [Draft() for _ in rows]
+        if self.inner.costly:
+            extra = self._extra(max(len(draft.tokens) for draft in drafts), context)
+            self._pass = (self._now(), 1 + extra)
+        return drafts
+
+    def _drafts(self, rows: Sequence[Row], context: int) -> list[Draft]:
+        """Drafts, cut where that is possible, and paid for."""
+        begun = self._now() if self.inner.costly else 0.0
         drafts = self.inner.propose(rows)
         drafts = [draft.within(row.limit) for draft, row in zip(drafts, rows, strict=True)]
-        if not all(map(cuttable, drafts)):
-            raise ValueError(f"drafts of {type(self.inner).__name__} cannot be cut node by node")
+        price = 0.0
+        if self.inner.costly:
+            plain = self._plain or self.cost(self._samples, context)
+            price = (self._now() - begun) / plain
+        whole = not all(map(cuttable, drafts))
+        if whole:
+            price += self._extra(max(len(draft.tokens) for draft in drafts), context)
+        if price:
+            self._before = self.account
+        self.account -= price
+        self.price = price if self.price is None else self.price + LATEST * (price - self.price)
+        return drafts if whole else self._cut(rows, drafts, context)
+
+    def _cut(self, rows: Sequence[Row], drafts: Sequence[Draft], context: int) -> list[Draft]:
+        """What pays of the drafts."""
         for row, draft in zip(rows, drafts, strict=True):
             self._learn(row, draft)
         ranked = [by_gain(draft, self.acceptance) for draft in drafts]
@@ -189,7 +238,7 @@ class Thrifty(Drafter):
             expected += sum(ranking[width - 1][0] for ranking in ranked if len(ranking) >= width)
             extra = self._extra(width, context)
             rate = expected / (1 + extra)
-            if rate > best_rate and extra <= self.account:
+            if rate > best_rate and extra <= max(0.0, self.account):
                 best, best_rate = width, rate
         return best
 
@@ -208,7 +257,12 @@ class Thrifty(Drafter):
         return prices[width - 1]
 
     def observe(self, row: Row, verified: Verified) -> None:
-        """Pay in what was accepted."""
+        """Pay in what was accepted; the first sample comes right behind the pass, which tells how long that took."""
+        if self._pass is not None:
+            begun, length = self._pass
+            seconds = (self._now() - begun) / length
+            self._plain = seconds if self._plain is None else self._plain + LATEST * (seconds - self._plain)
+            self._pass = None
         self.account = min(MOST, self.account + len(verified.path) / self._samples)
         self.inner.observe(row, verified)
 

@@ -171,6 +171,8 @@ class Drafter:
     """What ``observe`` wants to see of the target's forward passes: logits of drafts, of the prompt, hidden states."""
     tree: bool = False
     """Whether drafts may be anything else than chains."""
+    costly: bool = False
+    """Whether drafting takes passes through a model, so that it has to pay like verification."""
     rule: Rule | None = None
     """What decides when sampling, in place of exact rejection sampling: methods that give up the target's law for
     longer drafts. Greedy decoding is not affected."""

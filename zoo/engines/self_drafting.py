@@ -131,6 +131,8 @@ class SelfDrafter(Drafter):
         draft_tokens: longest draft.
     """
 
+    costly = True
+
     def __init__(self, decoder: Decoder, skipped: Collection[Block], draft_tokens: int) -> None:
         self.decoder = decoder
         self.skipped = frozenset(skipped)

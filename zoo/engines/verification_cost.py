@@ -62,6 +62,11 @@ def _line(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
     return float(np.interp(x, xs, ys))
 
 
+def steady_clock(model: Any) -> Callable[[], float]:
+    """Seconds: processor time on one thread of a CPU, which other processes disturb less, else the wall clock."""
+    return process_time if model.device.type == "cpu" and torch.get_num_threads() == 1 else perf_counter
+
+
 def verification_cost(model: Any, *, refresh: bool = False) -> VerificationCost:
     """The curve of ``model`` where it is now: from the zoo's cache folder, else measured (some seconds) and kept.
 
@@ -131,11 +136,9 @@ def measure(
     Args:
         model: a causal language model of transformers.
         widths, contexts: what to measure; contexts that the model has no positions for are left out.
-        clock: seconds; ``None`` is processor time on one thread of a CPU, which other processes disturb less, else
-            the wall clock.
+        clock: seconds; ``None`` is ``steady_clock``.
     """
-    if clock is None:
-        clock = process_time if model.device.type == "cpu" and torch.get_num_threads() == 1 else perf_counter
+    clock = clock or steady_clock(model)
     text = model.config.get_text_config(decoder=True)
     room = (getattr(text, "max_position_embeddings", None) or max(contexts) + max(widths)) - max(widths)
     fitting = [context for context in contexts if context <= room] or [max(1, room // 2)]

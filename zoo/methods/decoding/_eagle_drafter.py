@@ -35,6 +35,7 @@ class EagleDrafter(Drafter):
 
     needs = frozenset({"hidden-states"})
     tree = True
+    costly = True
 
     def __init__(
         self,

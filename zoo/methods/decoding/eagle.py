@@ -36,11 +36,7 @@ PAPER_TREE = parse_paths(
 
 @register("eagle")
 class Eagle(BudgetedDecoder, Trainable):
-    """Drafts trees with a trained head; ``zoo train eagle`` makes one.
-
-    Drafting takes ``depth`` passes through the head and the target's output layer, which ``budget = auto`` does not
-    count: it weighs what is verified.
-    """
+    """Drafts trees with a trained head; ``zoo train eagle`` makes one."""
 
     recipe: ClassVar[Recipe] = Recipe(
         learning_rate=3e-5,

@@ -115,7 +115,8 @@ class GooseDrafter(Drafter):
         if self.method.tree == "isotropic":
             return isotropic_tree(root, before, self.table, self.shape).draft
         chain, confidence = matcher.propose(row.tokens)
-        if not self.table.after(root, before):
+        if self.method.tree == "copies" or not self.table.after(root, before):
+            chain = chain[: self.shape.extended_budget - 1]
             return Draft(chain, kinds=[(SPINE, round(confidence, 1), min(i, 3)) for i in range(len(chain))])
         if confidence > PROLONG_ABOVE:
             limit = int(self.shape.extended_budget * confidence)
@@ -158,8 +159,9 @@ def next_acceptance(acceptance: float, rate: float, alpha: float) -> float:
 class Goose(BudgetedDecoder):
     """Drafts a spine copied from the context with branches of recycled successors."""
 
-    tree: Literal["spine", "isotropic"] = Field(
-        "spine", description="isotropic: the paper's control, a balanced tree of successors alone."
+    tree: Literal["spine", "isotropic", "copies"] = Field(
+        "spine",
+        description="Controls with one source: isotropic is the paper's balanced tree of successors, copies a chain.",
     )
     node_budget: int = Field(60, ge=2, le=512, description="Nodes of a tree, with its root.")
     extended_budget: int = Field(

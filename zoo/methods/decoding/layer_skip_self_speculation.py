@@ -18,7 +18,7 @@ from zoo.engines.sampling import draw
 from zoo.engines.self_drafting import SelfDrafter, halves
 from zoo.engines.surgery import Block
 from zoo.errors import BadParameter
-from zoo.families.decoding import Decoder
+from zoo.families.decoding import BudgetedDecoder
 from zoo.interface import refuse, register
 from zoo.methods.decoding._draft_and_verify import DraftAndVerifyDrafter, quickest_blocks
 from zoo.methods.decoding._swift import SearchSettings, SwiftDrafter
@@ -60,7 +60,7 @@ class EarlyExitDrafter(SelfDrafter):
 
 
 @register("layer-skip-self-speculation")
-class LayerSkipSelfSpeculation(Decoder):
+class LayerSkipSelfSpeculation(BudgetedDecoder):
     """Drafts with the model itself, some of its layers left out; no second model and no training is needed."""
 
     variant: Literal["draft-and-verify", "swift", "layer-skip"] = Field(

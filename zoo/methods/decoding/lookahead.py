@@ -16,7 +16,7 @@ from pydantic import Field
 
 from zoo.engines.drafting import Context, Draft, Drafter, Row, Verified
 from zoo.engines.trees import DETACHED, ROOT
-from zoo.families.decoding import Decoder
+from zoo.families.decoding import BudgetedDecoder
 from zoo.interface import register
 from zoo.methods.decoding._lookahead_window import NgramPool, Window, layout, merged
 
@@ -96,7 +96,7 @@ class LookaheadDrafter(Drafter):
 
 
 @register("lookahead")
-class Lookahead(Decoder):
+class Lookahead(BudgetedDecoder):
     """Guesses several places in parallel by Jacobi iteration and verifies the n-grams that turned up."""
 
     ngram: int = Field(5, ge=3, le=32, description="Tokens of an n-gram with its first one (N in the paper).")

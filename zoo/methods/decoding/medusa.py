@@ -42,6 +42,7 @@ class MedusaDrafter(Drafter):
 
     needs = frozenset({"hidden-states"})
     tree = True
+    costly = True
 
     def __init__(self, heads: MedusaHeads, output: Output, tree: RankTree) -> None:
         self.heads = heads

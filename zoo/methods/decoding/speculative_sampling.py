@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from zoo.engines.drafting import Context, Draft, Drafter, Row, Verified
 from zoo.engines.sampling import draw
 from zoo.errors import BadInput, Refused
-from zoo.families.decoding import Decoder
+from zoo.families.decoding import BudgetedDecoder
 from zoo.interface import register
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class ModelDrafter(Drafter):
         schedule: see ``SpeculativeSampling``.
         threshold: see ``SpeculativeSampling.confidence``.
     """
+
+    costly = True
 
     def __init__(
         self, model: Any, vocabulary: int, draft_tokens: int, schedule: Schedule, threshold: float
@@ -129,7 +131,7 @@ class ModelDrafter(Drafter):
 
 
 @register("speculative-sampling")
-class SpeculativeSampling(Decoder):
+class SpeculativeSampling(BudgetedDecoder):
     """Drafts with a smaller model of the same vocabulary; exact at any temperature."""
 
     draft_tokens: int = Field(5, ge=1, le=256, description="Tokens drafted per step (gamma in the paper).")
