@@ -76,6 +76,18 @@ QUANTITIES = _quantities(
         "One forward pass of the encoder over the batch, per image.",
     ),
     (
+        "text-time", "time per text", "ms", "lower", "speed",
+        "One forward pass of the text encoder over the batch, per text.",
+    ),
+    (
+        "step-time", "denoising step", "ms", "lower", "speed",
+        "One pass of the U-Net over the latents of one picture, with and without the prompt.",
+    ),
+    (
+        "picture-time", "whole picture", "s", "lower", "speed",
+        "From the prompt to the picture; work on the initial noise is part of it.",
+    ),
+    (
         "flops", "FLOPs", "GFLOP", "lower", "speed",
         "Floating-point operations of the timed forward pass, counted while it runs.",
     ),
@@ -113,12 +125,24 @@ QUANTITIES = _quantities(
         "Cosine similarity of the mean patch (weighted by size where tokens were merged) with the dense model's.",
     ),
     (
+        "cosine-noise", "cosine of predicted noise", "", "higher", "quality",
+        "Cosine similarity of the noise predicted in one denoising step with the dense model's.",
+    ),
+    (
         "cosine-text", "cosine of text embeddings", "", "higher", "quality",
         "Cosine similarity of the embeddings of held-out passages with the dense model's.",
     ),
     (
         "retrieval", "passages found", "", "higher", "quality",
         "Fraction of held-out passages whose own continuation is nearest among all continuations.",
+    ),
+    (
+        "accuracy", "accuracy", "", "higher", "quality",
+        "Fraction of questions answered right.",
+    ),
+    (
+        "loyalty", "loyalty", "", "higher", "quality",
+        "Fraction of questions answered as the dense model answers them, right or wrong.",
     ),
     # Memory
     ("parameters", "parameters", "M", "lower", "memory", "All parameters of the model, shared ones once."),
@@ -139,7 +163,8 @@ class Figure(BaseModel):
     """A measured value: median of ``n`` samples.
 
     ``spread`` is half the distance between the quartiles (absent for exact counts), in the same unit. ``wall`` is
-    the median on the wall clock where the figure itself is processor time.
+    the median on the wall clock where the figure itself is processor time. ``items`` has a character per question
+    where questions were asked, in their order: 1 for right, 0 for wrong.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -148,6 +173,7 @@ class Figure(BaseModel):
     spread: Finite | None = None
     n: int = Field(1, ge=1)
     wall: Finite | None = None
+    items: str | None = Field(None, pattern="^[01]*$")
 
 
 class Comparison(BaseModel):

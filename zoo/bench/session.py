@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,8 +14,10 @@ from zoo.bench.quality import common_prefix
 from zoo.bench.record import Comparison, Figure, Outputs, RunRecord, compare
 from zoo.bench.settings import Settings
 from zoo.bench.timing import Samples, TimingInterrupted, Version, alternate
+from zoo.errors import BadInput
 from zoo.interface import Applied, AppliedStack, Method, Stack
 from zoo.models import LoadedModel
+from zoo.report import Report
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, and how many of how many steps of it are finished (0 of 0 = unknown)."""
@@ -29,11 +31,13 @@ class Arm:
         loaded: the dense model, or the pruned one.
         methods: reversible methods, in the order of application; none for the dense side.
         resources: what their ``apply`` takes, by slug.
+        reports: what the methods said of their latest input, once one has run.
     """
 
     loaded: LoadedModel
     methods: list[Method] = field(default_factory=list)
     resources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reports: list[Report] = field(default_factory=list, init=False)
 
     @contextmanager
     def ready(self) -> Iterator[AppliedStack]:
@@ -48,7 +52,10 @@ class Arm:
             for method in Stack(self.methods).units:
                 layers.append(method.apply(loaded, **self.resources.get(method.slug, {})))
                 loaded = layers[-1].loaded
-            yield AppliedStack(Stack(self.methods), layers)
+            applied_stack = AppliedStack(Stack(self.methods), layers)
+            yield applied_stack
+            with suppress(BadInput):  # nothing has run, so there is nothing to report
+                self.reports = applied_stack.reports
         finally:
             for applied in reversed(layers):
                 applied.close()
