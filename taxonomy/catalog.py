@@ -17,7 +17,7 @@ import os
 import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +34,11 @@ from taxonomy.runs import (
     Run,
     RunStore,
     canonical_json,
-    insert_run,
+    digest,
     open_runs,
     record_run,
     results,
+    run_row,
 )
 from taxonomy.vocabulary import FACETS, PROPERTIES
 
@@ -56,9 +57,13 @@ __all__ = [
     "check",
     "open_runs",
     "parameters_of",
+    "publish",
     "record_run",
     "results",
 ]
+
+RUNS_AT_ONCE = 1000
+"""How many runs are put into the catalogue by one statement."""
 
 FACET_WEIGHTS = {
     "signal": 3.0,
@@ -308,9 +313,7 @@ def built_bytes(sources: Sources) -> bytes:
             with engine.begin() as connection:
                 schema.create_all(connection)
                 _fill(connection, sources)
-                for name in schema.SEARCH:
-                    for command in ("rebuild", "optimize"):
-                        connection.exec_driver_sql(f"INSERT INTO {name}({name}) VALUES ('{command}')")
+                schema.index_text(connection)
         finally:
             engine.dispose()
         finished = sqlite3.connect(path, isolation_level=None)
@@ -322,13 +325,55 @@ def built_bytes(sources: Sources) -> bytes:
         return path.read_bytes()
 
 
+_RUNS = {
+    table.name
+    for table in (schema.model, schema.environment, schema.run, schema.run_method, schema.measurement)
+}
+"""Tables of runs: in a user's catalogue they are the user's."""
+
+
+def publish(sources: Sources, where: str | None = None) -> bool:
+    """Put methods, vocabulary and bibliography beside the runs of the user's catalogue, so that SQL can join them.
+
+    Meant for the PostgreSQL database of a team; a SQLite file takes them too. What an earlier call wrote is replaced,
+    in one transaction; runs stay as they are, and the reference runs of the zoo do not get among them.
+
+    Args:
+        sources: what the catalogue is made from.
+        where: file or SQLAlchemy URL; ``None`` = the user's own catalogue.
+
+    Returns:
+        Whether anything was written: what is there already is left alone.
+
+    Raises:
+        CatalogError: the sources contradict each other, or the catalogue cannot be opened or written.
+    """
+    sources = replace(sources, runs=())
+    meta = schema.meta
+    with open_runs(where) as store, store.writing() as connection:
+        published = connection.execute(sa.select(meta.c.value).where(meta.c.key == "sources")).scalar()
+        if published == sources.digest():
+            return False
+        connection.execute(meta.delete().where(meta.c.key == "sources"))
+        for table in reversed(schema.metadata.sorted_tables):
+            if table is not meta and table.name not in _RUNS:
+                connection.execute(table.delete())
+        schema.create_views(connection)  # their columns come from the vocabulary
+        _fill_text(connection, sources)
+        schema.index_text(connection)
+    return True
+
+
 def _fill(connection: Connection, sources: Sources) -> None:
+    _insert(connection, schema.meta, [{"key": "kind", "value": "built"}])
+    _fill_text(connection, sources)
+    _fill_runs(connection, sources.runs)
+
+
+def _fill_text(connection: Connection, sources: Sources) -> None:
+    """Everything but runs."""
     cards = [sources.cards[slug] for slug in sorted(sources.cards)]
-    _insert(
-        connection,
-        schema.meta,
-        [{"key": "kind", "value": "built"}, {"key": "sources", "value": sources.digest()}],
-    )
+    _insert(connection, schema.meta, [{"key": "sources", "value": sources.digest()}])
     _fill_vocabulary(connection)
     _insert(
         connection,
@@ -346,8 +391,51 @@ def _fill(connection: Connection, sources: Sources) -> None:
         schema.verification,
         [{"model": "", "version": None, "detail": None, **row} for row in sources.verification],
     )
-    for run in sources.runs:
-        insert_run(connection, run)
+
+
+def _fill_runs(connection: Connection, runs: Sequence[Run]) -> None:
+    """All runs table by table, which is many times as fast as one by one; a key that comes again is left out."""
+    once = list({run.key: run for run in reversed(runs)}.values())[::-1]
+    models = _numbered((run.model, run.model_revision) for run in once)
+    environments = _numbered(digest(run.environment) for run in once)
+    facts = {(run.model, run.model_revision): dict(run.model_facts) for run in reversed(once)}
+    told = {digest(run.environment): dict(run.environment) for run in once}
+    _insert(
+        connection,
+        schema.model,
+        [
+            {"id": number, "ref": ref, "revision": revision, "facts": facts[ref, revision]}
+            for (ref, revision), number in models.items()
+        ],
+    )
+    _insert(
+        connection,
+        schema.environment,
+        [
+            {"id": number, "digest": name, "hardware": told[name]["hardware"], "facts": told[name]}
+            for name, number in environments.items()
+        ],
+    )
+    for start in range(0, len(once), RUNS_AT_ONCE):
+        part = list(enumerate(once[start : start + RUNS_AT_ONCE], start + 1))
+        rows = [
+            run_row(run, models[run.model, run.model_revision], environments[digest(run.environment)])
+            | {"id": number}
+            for number, run in part
+        ]
+        _insert(connection, schema.run, rows)
+        _insert(
+            connection,
+            schema.run_method,
+            [{"slug": slug, "run": number} for number, run in part for slug in run.methods],
+        )
+        figures = [{**vars(figure), "run": number} for number, run in part for figure in run.measurements]
+        _insert(connection, schema.measurement, figures)
+
+
+def _numbered(names: Iterable[Any]) -> dict[Any, int]:
+    """Each name once, numbered from 1 in the order of first appearance."""
+    return {name: number for number, name in enumerate(dict.fromkeys(names), 1)}
 
 
 def _insert(connection: Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:

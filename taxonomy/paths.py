@@ -57,6 +57,7 @@ def user_catalog() -> str:
         from platformdirs import user_data_path
 
         return str(user_data_path("efficiency-zoo", appauthor=False) / "catalog.sqlite")
+    setting = setting.removeprefix("sqlite:///")  # the URL of a file is that file
     if "://" in setting:
         return setting
     path = Path(setting).expanduser()

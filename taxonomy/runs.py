@@ -12,10 +12,12 @@ import hashlib
 import json
 import re
 import sqlite3
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +33,9 @@ Status = Literal["done", "failed", "refused", "interrupted"]
 
 _ARMS = ("dense", "method", "ratio")
 _STATUSES = ("done", "failed", "refused", "interrupted")
+IMPORTED = "imported"
+"""Key of ``Run.environment`` that says which file a run of somebody else came from."""
+
 _STARTED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)")
 
 
@@ -110,7 +115,7 @@ class Run:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; ``from_json`` reads it back. One line of ``taxonomy/measurements/*.jsonl``."""
-        return asdict(self)
+        return {**vars(self), "measurements": tuple(dict(vars(figure)) for figure in self.measurements)}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any], where: str = "run") -> Run:
@@ -191,9 +196,16 @@ class RunStore:
             CatalogError: the run is not storable, or the catalogue cannot be written.
         """
         check_run(run)
-        with _plain_errors(self.place), self.engine.begin() as connection:
+        with self.writing() as connection:
             insert_run(connection, run)
         return run.key
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """One transaction: all that is written in it is kept, or, after an exception, nothing."""
+        with _plain_errors(self.place), self.engine.begin() as connection:
+            _wait_for_other_writers(connection)
+            yield connection
 
     def close(self) -> None:
         """Release the connections."""
@@ -267,6 +279,11 @@ def _engine(place: str) -> Engine:
     if "://" in place:
         try:
             engine = sa.create_engine(place, json_serializer=canonical_json)
+        except ModuleNotFoundError as error:
+            raise CatalogError(
+                f"{paths.SETTING}: the driver {error.name} is not installed; write postgresql+psycopg://... and "
+                "install it with: pip install 'efficiency-zoo[postgres]'"
+            ) from None
         except (SQLAlchemyError, ImportError, ValueError) as error:
             raise CatalogError(f"{paths.SETTING}: {first_line(error)}") from None
         if engine.dialect.name not in ("sqlite", "postgresql"):
@@ -299,13 +316,11 @@ def _engine(place: str) -> Engine:
 
 def _prepare(connection: Connection, place: str) -> None:
     """Inside a write transaction: make the tables of a new catalogue, or bring older ones up to date."""
-    postgres = connection.dialect.name == "postgresql"
-    if postgres:  # one process at a time may create or upgrade
-        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({files.APPLICATION_ID})")
-    elif not _is_ours(connection, place):
+    _wait_for_other_writers(connection)
+    if connection.dialect.name == "sqlite" and not _is_ours(connection, place):
         _make_wal(connection)
         connection.exec_driver_sql(f"PRAGMA application_id = {files.APPLICATION_ID}")
-    if not sa.inspect(connection).has_table("alembic_version"):
+    if not _is_made(connection, place):
         schema.create_all(connection)
         connection.execute(schema.meta.insert().values(key="kind", value="runs"))
         return
@@ -314,6 +329,28 @@ def _prepare(connection: Connection, place: str) -> None:
         raise files.newer(shown(place), revision)
     if revision < files.REVISION:
         upgrade(connection)
+
+
+def _wait_for_other_writers(connection: Connection) -> None:
+    """On PostgreSQL: one writing transaction at a time, as on SQLite, so that none can block another for good."""
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({files.APPLICATION_ID})")
+
+
+def _is_made(connection: Connection, place: str) -> bool:
+    """Whether there are tables of a catalogue.
+
+    Raises:
+        CatalogError: another program keeps its migrations in this database.
+    """
+    tables = sa.inspect(connection)
+    if not tables.has_table("alembic_version"):
+        return False
+    if not tables.has_table(schema.run_method.name):
+        raise CatalogError(
+            f"{shown(place)} holds tables of another program; name another database or search_path"
+        )
+    return True
 
 
 def _is_ours(connection: Connection, place: str) -> bool:
@@ -330,9 +367,20 @@ def _is_ours(connection: Connection, place: str) -> bool:
 
 
 def _make_wal(connection: Connection) -> None:
-    """Switch a new, empty file to WAL, which cannot be done inside a transaction."""
+    """Switch a new, empty file to WAL, which cannot be done inside a transaction.
+
+    Several processes may be at it. SQLite lets a transaction wait for them, but not this switch.
+    """
     connection.exec_driver_sql("ROLLBACK")
-    connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+    deadline = time.monotonic() + files.BUSY_SECONDS
+    while True:
+        try:
+            connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+            break
+        except OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
@@ -344,6 +392,7 @@ def upgrade(connection: Connection) -> None:
     config = Config()
     config.set_main_option("script_location", str(paths.MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection
+    schema.drop_views(connection)  # a view holds on to its tables as they are
     command.upgrade(config, files.REVISION)
     schema.create_views(connection)
 
@@ -365,18 +414,23 @@ def insert_run(connection: Connection, run: Run) -> None:
         {"digest": digest(run.environment)},
         {"hardware": run.environment["hardware"], "facts": dict(run.environment)},
     )
-    elsewhere = ("model", "model_revision", "model_facts", "environment", "measurements")
-    row = {name: value for name, value in run.to_json().items() if name not in elsewhere}
-    row |= {"config": run.config, "model": model_id, "environment": environment_id}
-    added = connection.execute(_insert(connection, schema.run).values(**row).on_conflict_do_nothing())
-    if not added.rowcount:
+    row = run_row(run, model_id, environment_id)
+    adding = _insert(connection, schema.run).values(**row).on_conflict_do_nothing()
+    run_id = connection.execute(adding.returning(schema.run.c.id)).scalar()
+    if run_id is None:  # its key is there already
         return
-    run_id = connection.execute(sa.select(schema.run.c.id).where(schema.run.c.key == run.key)).scalar_one()
     connection.execute(schema.run_method.insert(), [{"slug": slug, "run": run_id} for slug in run.methods])
     if run.measurements:
         connection.execute(
-            schema.measurement.insert(), [{**asdict(row), "run": run_id} for row in run.measurements]
+            schema.measurement.insert(), [{**vars(figure), "run": run_id} for figure in run.measurements]
         )
+
+
+def run_row(run: Run, model_id: int, environment_id: int) -> dict[str, Any]:
+    """The row of ``run`` in its table; its figures, its model and its environment stand in others."""
+    elsewhere = ("model", "model_revision", "model_facts", "environment", "measurements")
+    own = {name: value for name, value in vars(run).items() if name not in elsewhere}
+    return {**own, "config": run.config, "model": model_id, "environment": environment_id}
 
 
 def _insert(connection: Connection, table: sa.Table) -> Any:
@@ -404,7 +458,10 @@ def _find_or_add(
 
 @dataclass(frozen=True)
 class Result:
-    """A stored run as ``results`` returns it. ``origin`` is ``own`` or ``reference`` (shipped with the zoo)."""
+    """A stored run as ``results`` returns it.
+
+    ``origin`` is ``own``, ``imported`` (from somebody's export) or ``reference`` (shipped with the zoo).
+    """
 
     key: str
     origin: str
@@ -457,32 +514,81 @@ def results(
         if "://" not in source and not Path(source).is_file():
             continue
         # An empty file is one that another process is just creating: nothing is in it yet.
-        with suppress(EmptyCatalogError), _plain_errors(source), _reading(source) as connection:
-            _bring_up_to_date(connection, source)
+        with suppress(EmptyCatalogError), reading(source) as connection:
             found += _select(connection, origin, method, model, quantity, status, limit)
-    found.sort(key=lambda result: (result.started, result.key), reverse=True)
-    return found[:limit]
+    once = {result.key: result for result in found}  # a run that was imported may also be a reference run
+    return sorted(once.values(), key=lambda result: (result.started, result.key), reverse=True)[:limit]
 
 
 @contextmanager
-def _reading(place: str) -> Iterator[Connection]:
-    """A connection that cannot write, also to a file of which neither it nor its folder may be written."""
-    if "://" in place:
-        engine = _engine(place)
-    else:
-        engine = sa.create_engine(
-            "sqlite://", creator=lambda: files.connect(Path(place)), poolclass=sa.pool.NullPool
-        )
-    try:
-        with engine.connect() as connection:
-            yield connection
-    finally:
-        engine.dispose()
+def reading(place: str) -> Iterator[Connection]:
+    """A connection that cannot write, also to a file of which neither it nor its folder may be written.
+
+    A catalogue that an older zoo made is upgraded first.
+
+    Raises:
+        CatalogError: the catalogue at ``place`` cannot be read.
+        EmptyCatalogError: the file holds nothing yet.
+    """
+    with _plain_errors(place):
+        if "://" in place:
+            engine = _engine(place)
+        else:
+            engine = sa.create_engine(
+                "sqlite://", creator=lambda: files.connect(Path(place)), poolclass=sa.pool.NullPool
+            )
+        try:
+            with engine.connect() as connection:
+                if connection.dialect.name == "postgresql":
+                    # One state of the database for all queries, however many runs are stored meanwhile; and of the
+                    # session, not of one transaction, so that a COMMIT in a query does not make it writable.
+                    connection.exec_driver_sql(
+                        "SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
+                    )
+                    connection.commit()
+                if not _is_made(connection, place):
+                    raise EmptyCatalogError(f"{shown(place)} holds nothing yet")
+                _bring_up_to_date(connection, place)
+                yield connection
+        finally:
+            engine.dispose()
+
+
+def ask(query: str, where: str | None = None) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Ask the user's catalogue one ``SELECT``, in a transaction that cannot write.
+
+    Args:
+        query: SQL of the database that it is kept in.
+        where: file or SQLAlchemy URL; ``None`` = the user's own catalogue.
+
+    Returns:
+        Names of the columns, and rows of JSON values.
+
+    Raises:
+        CatalogError: the catalogue cannot be read, or the database refuses the query.
+    """
+    # A colon would mark a parameter otherwise.
+    statement = sa.text(query.replace(":", r"\:"))
+    with reading(where or paths.user_catalog()) as connection:
+        answer = connection.execute(statement)
+        if not answer.returns_rows:
+            raise CatalogError("the query returns no rows; ask a SELECT")
+        return list(answer.keys()), [tuple(_plain(value) for value in row) for row in answer]
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: PostgreSQL also answers with exact decimals, dates and others."""
+    if isinstance(value, Decimal):
+        return float(value)
+    return value if value is None or isinstance(value, int | float | str | list | dict) else str(value)
 
 
 def _bring_up_to_date(connection: Connection, place: str) -> None:
     """Upgrade an older file before it is queried (another connection does it; ``connection`` sees the result)."""
-    if str(connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()) < files.REVISION:
+    revision = str(connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar())
+    if revision > files.REVISION:
+        raise files.newer(shown(place), revision)
+    if revision < files.REVISION:
         connection.rollback()
         open_runs(place).close()
 
@@ -520,7 +626,7 @@ def _select(
     more = ("parameters", "config", "protocol", "hardware")
     return [
         Result(
-            origin=origin,
+            origin="imported" if IMPORTED in rows[number]["facts"] else origin,
             model=rows[number]["ref"],
             environment=rows[number]["facts"],
             measurements=tuple(figures[number]),

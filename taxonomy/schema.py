@@ -430,11 +430,17 @@ def _view_definitions(dialect: str) -> dict[str, str]:
     }
 
 
+def drop_views(connection: Connection) -> None:
+    """Remove all views, so that the tables under them can change."""
+    for name in VIEWS:
+        connection.exec_driver_sql(f"DROP VIEW IF EXISTS {name}")
+
+
 def create_views(connection: Connection) -> None:
     """(Re)make all views, and on SQLite the full-text tables over them (external content: no second copy)."""
     dialect = connection.dialect.name
+    drop_views(connection)
     for name, body in _view_definitions(dialect).items():
-        connection.exec_driver_sql(f"DROP VIEW IF EXISTS {name}")
         connection.exec_driver_sql(f"CREATE VIEW {name} AS {body}")
     if dialect == "sqlite":
         for name, columns in (
@@ -445,6 +451,14 @@ def create_views(connection: Connection) -> None:
                 f"CREATE VIRTUAL TABLE IF NOT EXISTS {name}_fts USING fts5({columns}, content='v_{name}_text',"
                 " content_rowid='id', tokenize='porter unicode61 remove_diacritics 2')"
             )
+
+
+def index_text(connection: Connection) -> None:
+    """On SQLite: bring the full-text tables up to date with what the views hold."""
+    if connection.dialect.name == "sqlite":
+        for name in SEARCH:
+            for command in ("rebuild", "optimize"):
+                connection.exec_driver_sql(f"INSERT INTO {name}({name}) VALUES ('{command}')")
 
 
 def create_all(connection: Connection) -> None:

@@ -21,10 +21,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from taxonomy import diagrams, gallery, paths
+from taxonomy import diagrams, finding, gallery, paths
 from taxonomy.queries import ACTING
 from taxonomy.site_data import Claim, Entry, Facet, Library, Paper, Term, load
 from taxonomy.site_output import Published, SiteError, publish
+from taxonomy.site_results import MOST_ROWS, Results, comparison_data
 
 __all__ = ["Published", "SiteError", "build", "render"]
 
@@ -32,6 +33,8 @@ Files = Iterator[tuple[str, bytes]]
 
 NAVIGATION = (
     ("index.html", "Methods"),
+    ("results/index.html", "Results"),
+    ("compare.html", "Compare"),
     ("taxonomy/index.html", "Taxonomy"),
     ("gallery.html", "Gallery"),
     ("glossary.html", "Glossary"),
@@ -45,6 +48,9 @@ FILTERS = ("family", "target", "where", "signal", "training", "when")
 
 MOST_LISTED = 200
 """Longest list of methods below one term; the table of methods has no limit."""
+
+MOST_RUNS = 3
+"""Runs whose figures stand in full on the page of a method."""
 
 FIRST_YEAR_ALONE = 2015
 """Papers before this year share a page."""
@@ -60,6 +66,15 @@ BASES = {
     "paper-text": ("Paper", "The text of the paper was read; there was no code to read, or it was not read."),
     "abstract-only": ("Abstract", "Only the abstract or second-hand descriptions were read."),
 }
+
+
+VERDICT_CLASSES = {
+    "agrees": "verified",
+    "disagrees": "failed",
+    "undecided": "undecided",
+    "not measured yet": "declared",
+}
+"""How a verdict is marked."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +245,7 @@ def render(library: Library, catalog: bytes | None = None) -> Files:
     yield site.page("index.html", "home.html", "Methods", filters=FILTERS)
     for entry in library.entries:
         yield site.method(entry)
+    yield from site.result_pages()
     yield site.page("taxonomy/index.html", "taxonomy.html", "Taxonomy")
     for view in site.views:
         yield site.page(view.file, "tree.html", view.title, view=view)
@@ -251,6 +267,7 @@ class _Site:
         known = library.facets
         self.crossings = [Crossing(known[a], known[b]) for a, b in CROSSINGS if a in known and b in known]
         self.years = _years(library.papers)
+        self.results = Results(library)
         self._links: dict[tuple[str, str], Markup] = {}
         self.environment = Environment(
             loader=FileSystemLoader(paths.templates()),
@@ -264,6 +281,8 @@ class _Site:
         self.environment.globals |= {
             "library": library,
             "gallery": gallery.load_gallery(),
+            "results": self.results,
+            "verdict_class": VERDICT_CLASSES,
             "navigation": NAVIGATION,
             "views": self.views,
             "crossings": self.crossings,
@@ -276,6 +295,7 @@ class _Site:
             "tokens": _tokens,
             "shade": _shade,
             "most_listed": MOST_LISTED,
+            "most_runs": MOST_RUNS,
             "counted": counted,
             "source_label": lambda name: "Papers of our own cards" if name == CARD_SOURCE else name,
         }
@@ -316,6 +336,30 @@ class _Site:
             survey_facets=[pair for pair in core if pair[0].view != "core"],
             commands=_commands(entry),
         )
+
+    def result_pages(self) -> Files:
+        """Results by family, findings, environments, and the compare page with the data it loads."""
+        yield self.page("results/index.html", "results.html", "Results")
+        for page in self.results.families:
+            yield self.page(page.file, "family.html", f"Results: {lowered(page.family.label)}", page=page)
+        yield self.page("results/environments.html", "environments.html", "Environments and protocol")
+        for outcome in self.results.outcomes:
+            yield self.page(
+                f"findings/{outcome.finding.slug}.html",
+                "finding.html",
+                outcome.finding.title,
+                outcome=outcome,
+                test=_test_facts(outcome.finding.test),
+                resamples=finding.RESAMPLES,
+                fewest=finding.FEWEST,
+                most_rows=MOST_ROWS,
+            )
+        yield self.page("compare.html", "compare.html", "Compare methods")
+        for entry in self.library.entries:
+            yield (
+                f"data/methods/{entry.slug}.js",
+                comparison_data(self.library, entry, self.results.points(entry)),
+            )
 
     def term_links(self, terms: Iterable[Term], root: str) -> Markup:
         """Links to the glossary, separated by commas, each with the definition as its tooltip."""
@@ -495,12 +539,27 @@ def _section(file: str) -> str:
     """The entry of the navigation a page belongs to."""
     for start, owner in (
         ("methods/", "index.html"),
+        ("results/", "results/index.html"),
+        ("findings/", "results/index.html"),
         ("taxonomy/", "taxonomy/index.html"),
         ("bibliography/", "bibliography.html"),
     ):
         if file.startswith(start):
             return owner
     return file
+
+
+def _test_facts(test: finding.Test) -> list[tuple[str, str]]:
+    """What a finding asks of the measurements, as pairs of name and text."""
+    budgets = f"{test.lowest:g} to {test.highest:g}"
+    facts = [("Kind", test.kind.replace("-", " ")), ("Quality", test.quality), ("Budgets", budgets)]
+    if test.models:
+        facts.append(("Models", ", ".join(test.models)))
+    own = test.model_dump(include={"better", "than", "baseline", "task"})
+    return facts + [
+        (name.capitalize(), value if isinstance(value, str) else ", ".join(value))
+        for name, value in own.items()
+    ]
 
 
 def _commands(entry: Entry) -> list[tuple[str, str]]:

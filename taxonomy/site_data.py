@@ -19,6 +19,7 @@ from typing import Any
 
 from taxonomy import files
 from taxonomy.errors import CatalogError
+from taxonomy.evidence import Trial, reference_trials
 
 _SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _WEB = re.compile(r"https?://[^\s<>\"']+")
@@ -151,7 +152,19 @@ class Measured:
     setting: str
     started: str
     protocol: str
+    environment: str
+    key: str
     quantities: list[Quantity] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What reference runs were measured in. ``facts`` are pairs of name and text, in the order of names."""
+
+    digest: str
+    hardware: str
+    facts: tuple[tuple[str, str], ...]
+    runs: int
 
 
 @dataclass(frozen=True)
@@ -243,6 +256,8 @@ class Library:
     entries: list[Entry]
     papers: list[Paper]
     digest: str
+    trials: list[Trial] = field(default_factory=list, repr=False)
+    environments: list[Environment] = field(default_factory=list, repr=False)
     _by_slug: dict[str, Entry] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -282,10 +297,12 @@ def load(catalog: Path) -> Library:
         _attach_details(connection, entries)
         _attach_measured(connection, entries)
         papers = _papers(connection)
+        trials = reference_trials(connection)
+        environments = _environments(connection)
         digest = connection.execute("SELECT value FROM meta WHERE key = 'sources'").fetchone()
     _attach_similar(list(entries.values()), facets)
     ordered = sorted(entries.values(), key=Entry.order)
-    return Library(facets, properties, ordered, papers, digest[0] if digest else "")
+    return Library(facets, properties, ordered, papers, digest[0] if digest else "", trials, environments)
 
 
 def _facets(connection: sqlite3.Connection) -> dict[str, Facet]:
@@ -393,9 +410,10 @@ def _attach_measured(connection: sqlite3.Connection, entries: Mapping[str, Entry
     """Finished runs of a single method; stacks belong to no one card."""
     runs: dict[int, Measured] = {}
     query = (
-        "SELECT r.id, r.started, r.method, r.parameters, o.ref AS model, e.hardware, r.device, r.dtype, r.protocol"
+        "SELECT r.id, r.started, r.method, r.parameters, o.ref AS model, e.hardware, r.device, r.dtype, r.protocol,"
+        " r.key, e.digest"
         " FROM run r JOIN model o ON o.id = r.model JOIN environment e ON e.id = r.environment"
-        " WHERE r.status = 'done' ORDER BY o.ref, r.started, r.key"
+        " WHERE r.status = 'done' ORDER BY r.started DESC, r.key"
     )
     for row in connection.execute(query):
         if row["method"] in entries:
@@ -406,6 +424,8 @@ def _attach_measured(connection: sqlite3.Connection, entries: Mapping[str, Entry
                 setting=", ".join(part for part in (row["device"], row["dtype"]) if part),
                 started=row["started"],
                 protocol=row["protocol"],
+                environment=row["digest"],
+                key=row["key"],
             )
             entries[row["method"]].measured.append(run)
     arms: dict[tuple[int, str, str], dict[str, sqlite3.Row]] = defaultdict(dict)
@@ -431,6 +451,26 @@ def _attach_measured(connection: sqlite3.Connection, entries: Mapping[str, Entry
 
 def _settings(parameters: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={json.dumps(value)}" for name, value in sorted(parameters.items()))
+
+
+def _environments(connection: sqlite3.Connection) -> list[Environment]:
+    query = (
+        "SELECT e.digest, e.hardware, e.facts, count(r.id) FROM environment e LEFT JOIN run r ON r.environment = e.id"
+        " GROUP BY e.id ORDER BY e.hardware, e.digest"
+    )
+    return [
+        Environment(digest, hardware, tuple(_flat(json.loads(facts))), runs)
+        for digest, hardware, facts, runs in connection.execute(query)
+    ]
+
+
+def _flat(facts: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """``name, text`` of every fact; those of an inner object as ``outer name``. What is unknown is left out."""
+    for name, value in sorted(facts.items()):
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{name} ")
+        elif value is not None:
+            yield f"{above}{name}".replace("_", " "), value if isinstance(value, str) else json.dumps(value)
 
 
 def _papers(connection: sqlite3.Connection) -> list[Paper]:

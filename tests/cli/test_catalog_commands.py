@@ -53,6 +53,40 @@ def test_path(zoo: Zoo, as_catalog: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "secret" not in zoo("catalog", "path", "--runs")[1]
 
 
+def test_publish_and_ask_beside_own_runs(zoo: Zoo, sources: None) -> None:
+    record_run(make_run(key="mine"))
+    code, out, _ = zoo("catalog", "publish")
+    assert code == 0
+    assert ": written; " in out
+    assert "3718 papers" in out
+    assert ": unchanged; " in zoo("catalog", "publish")[1]
+    query = "SELECT r.key, m.name FROM v_run r JOIN v_method m ON m.slug = r.method"
+    assert json.loads(zoo("catalog", "sql", query, "--runs", "--json")[1]) == [
+        {"key": "mine", "name": "FLAP"}
+    ]
+    assert "FLAP" in zoo("catalog", "sql", query, "--runs")[1]
+    code, out, err = zoo("catalog", "sql", "DELETE FROM run", "--runs")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert len(json.loads(zoo("results", "--own", "--json")[1])) == 1
+
+
+def test_postgresql_through_the_commands(
+    zoo: Zoo, sources: None, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZOO_CATALOG", database)
+    assert json.loads(zoo("results", "--own", "--json")[1]) == []
+    record_run(make_run(key="mine"))
+    assert ": written; " in zoo("catalog", "publish")[1]
+    assert [row["key"] for row in json.loads(zoo("results", "--own", "--json")[1])] == ["mine"]
+    query = "SELECT avg(x.n) AS mean, min(r.started)::date AS day FROM v_measurement x JOIN v_run r ON r.key = x.key"
+    (row,) = json.loads(zoo("catalog", "sql", query, "--runs", "--json")[1])
+    assert (round(float(row["mean"]), 3), row["day"]) == (3.667, "2026-05-04")
+    monkeypatch.setenv("ZOO_CATALOG", "postgresql+psycopg://me:secret@127.0.0.1:1/zoo")
+    code, _, err = zoo("results")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "secret" not in err
+
+
 def test_sql_reads(zoo: Zoo) -> None:
     query = (
         "SELECT slug, year FROM v_method WHERE family LIKE '%weight-pruning%' AND implemented ORDER BY slug"

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from taxonomy import queries
 from taxonomy.vocabulary import CORE_FACETS, FACETS, PROPERTIES
-from zoo.cli import main, method_card, output, taxonomy_commands
+from zoo.cli import evidence_commands, main, method_card, output, taxonomy_commands
 from zoo.cli.output import Column, print_table
 
 Zoo = Callable[..., tuple[int, str, str]]
@@ -34,6 +34,7 @@ COMMANDS = [
     ("taxonomy", "terms"),
     ("taxonomy", "gaps"),
     ("results",),
+    ("recommend", "--model", "a-llama", "--for", "decode"),
 ]
 
 
@@ -62,7 +63,7 @@ def on_terminal(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
         def terminal() -> Console:
             return Console(file=screen, width=width, force_terminal=True, no_color=True, highlight=False)
 
-        for module in (output, method_card, taxonomy_commands):
+        for module in (output, method_card, taxonomy_commands, evidence_commands):
             monkeypatch.setattr(module, "terminal", terminal)
         assert zoo(*arguments)[0] == 0
         return re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue()).splitlines()

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not instal
 PAGES = [
     "index.html", "methods/flap.html", "methods/prompt-lookup.html", "methods/tokenizer-information.html",
     "taxonomy/index.html", "taxonomy/dnn-pruning-survey.html", "taxonomy/signal-by-where.html", "glossary.html",
-    "bibliography.html", "bibliography/2025.html", "data.html", "about.html",
+    "bibliography.html", "bibliography/2025.html", "data.html", "about.html", "results/index.html",
+    "results/environments.html", "findings/ratio-dominates.html", "compare.html",
 ]  # fmt: skip
 
 HARNESS = """<!DOCTYPE html><title>harness</title><body><script>
@@ -68,6 +69,10 @@ async function all() {
   await new Promise(done => setTimeout(done, 500));
   results.papers = [...list.contentDocument.querySelectorAll("#papers li > a")].map(a => a.textContent);
   results.found = list.contentDocument.getElementById("status").textContent;
+  const versus = await open("site/compare.html#flap,no-such-card,cfsp", 1280);
+  await new Promise(done => setTimeout(done, 500));
+  const rows = [...versus.contentDocument.querySelectorAll("#versus tr")];
+  results.compared = rows.map(row => [...row.cells].map(cell => cell.textContent));
   document.title = "done";
 }
 addEventListener("error", event => { results.error = event.message; });
@@ -145,3 +150,12 @@ def test_the_colour_scheme_can_be_switched(results: dict[str, object]) -> None:
 def test_the_bibliography_is_searched_in_the_page(results: dict[str, object]) -> None:
     assert any("DivPrune" in title for title in results["papers"])
     assert "newest first" in str(results["found"])
+
+
+def test_two_methods_stand_side_by_side(results: dict[str, list[list[str]]], library) -> None:
+    table = {row[0]: row[1:] for row in results["compared"]}
+    assert table[""] == ["FLAP", "CFSP"]
+    assert table["Idea"] == [library[slug].first_sentence for slug in ("flap", "cfsp")]
+    assert table["Lossless"] == ["no", "no"]
+    assert "minutes on one GPU: 3-5" in table["Reported"][0]
+    assert table["Measured"] == ["nothing", "nothing"]

@@ -24,7 +24,17 @@ from sqlalchemy.schema import CreateTable
 from taxonomy import files, paths, schema
 from taxonomy.catalog import build
 from taxonomy.errors import CatalogError
-from taxonomy.runs import Measurement, Run, digest, open_runs, record_run, results, upgrade
+from taxonomy.runs import (
+    Measurement,
+    Run,
+    ask,
+    digest,
+    insert_run,
+    open_runs,
+    record_run,
+    results,
+    upgrade,
+)
 
 
 @pytest.fixture
@@ -32,6 +42,16 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "deep" / "er" / "runs.sqlite"
     monkeypatch.setenv("ZOO_CATALOG", str(path))
     return path
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The user's catalogue in a file, and on a PostgreSQL server."""
+    if request.param == "sqlite":
+        return str(request.getfixturevalue("place"))
+    url = request.getfixturevalue("database")
+    monkeypatch.setenv("ZOO_CATALOG", url)
+    return str(url)
 
 
 def mine(**filters: object) -> list[str]:
@@ -271,12 +291,12 @@ def _read(where: str, until: int, seen: multiprocessing.Queue) -> None:
     seen.put((last, rounds))
 
 
-def test_writers_and_a_reader_at_once(place: Path) -> None:
-    """Four processes create the same new file and write to it while a fifth reads: nothing is lost or half there."""
+def test_writers_and_a_reader_at_once(either: str) -> None:
+    """Four processes create the same catalogue and write to it while a fifth reads: nothing is lost or half there."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     seen = context.Queue()
-    workers = [context.Process(target=_write, args=(str(place), worker, 8)) for worker in range(4)]
-    reader = context.Process(target=_read, args=(str(place), 32, seen))
+    workers = [context.Process(target=_write, args=(either, worker, 8)) for worker in range(4)]
+    reader = context.Process(target=_read, args=(either, 32, seen))
     for process in (*workers, reader):
         process.start()
     for process in (*workers, reader):
@@ -286,6 +306,34 @@ def test_writers_and_a_reader_at_once(place: Path) -> None:
     assert sorted(mine(limit=None)) == sorted(
         f"{worker}-{number}" for worker in range(4) for number in range(8)
     )
+
+
+def _write_together(where: str, worker: int, order: list[int]) -> None:
+    """Many runs in one transaction, of models and environments that other workers write too, in another order."""
+    with open_runs(where) as store:
+        for repeat in range(5):
+            with store.writing() as connection:
+                for number in order:
+                    hardware = {"hardware": f"machine {number} of round {repeat}"}
+                    key = f"{worker}-{repeat}-{number}"
+                    insert_run(
+                        connection, make_run(key=key, model=f"m{number}-{repeat}", environment=hardware)
+                    )
+
+
+def test_transactions_that_cross_each_other(either: str) -> None:
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    orders = [list(range(6)), list(reversed(range(6)))]
+    workers = [
+        context.Process(target=_write_together, args=(either, worker, orders[worker])) for worker in range(2)
+    ]
+    for process in workers:
+        process.start()
+    for process in workers:
+        process.join(90)
+    assert [process.exitcode for process in workers] == [0, 0]
+    assert len(mine(limit=None)) == 2 * 5 * 6
+    assert ask("SELECT count(*) FROM model")[1] == ask("SELECT count(*) FROM environment")[1] == [(30,)]
 
 
 # --- migrations -----------------------------------------------------------------------------------------------
@@ -339,18 +387,20 @@ def next_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return type("Future", (), {"begin": staticmethod(switch), "folder": folder})
 
 
-def test_an_older_file_is_upgraded_and_keeps_its_runs(place: Path, next_revision: object) -> None:
+def test_an_older_catalogue_is_upgraded_and_keeps_its_runs(either: str, next_revision: object) -> None:
     record_run(make_run(key="before"))
     next_revision.begin()
     assert mine() == ["before"]  # reading upgrades too
     record_run(make_run(key="after"))
     assert sorted(mine()) == ["after", "before"]
-    with sqlite3.connect(place) as db:
-        assert db.execute("SELECT mood FROM run").fetchall() == [(None,), (None,)]
-        assert db.execute("SELECT version_num FROM alembic_version").fetchall() == [("0002",)]
+    assert ask("SELECT mood FROM run")[1] == [(None,), (None,)]
+    assert ask("SELECT version_num FROM alembic_version")[1] == [("0002",)]
+    assert ask("SELECT key FROM v_run ORDER BY key")[1] == [("after",), ("before",)]
 
 
-def test_an_upgrade_that_fails_changes_nothing(place: Path, next_revision: object) -> None:
+def test_an_upgrade_that_fails_changes_nothing(
+    either: str, next_revision: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record_run(make_run(key="before"))
     folder = next_revision.folder
     with (folder / "versions" / "0002_mood.py").open("a") as file:
@@ -358,10 +408,10 @@ def test_an_upgrade_that_fails_changes_nothing(place: Path, next_revision: objec
     next_revision.begin()
     with pytest.raises(CatalogError, match="nowhere"):
         record_run(make_run())
-    with sqlite3.connect(place) as db:
-        assert "mood" not in [row[1] for row in db.execute("PRAGMA table_info(run)")]
-        assert db.execute("SELECT version_num FROM alembic_version").fetchall() == [("0001",)]
-        assert db.execute("SELECT key FROM run").fetchall() == [("before",)]
+    monkeypatch.setattr(files, "REVISION", "0001")
+    assert "mood" not in ask("SELECT * FROM run")[0]
+    assert ask("SELECT version_num FROM alembic_version")[1] == [("0001",)]
+    assert ask("SELECT key FROM v_run")[1] == [("before",)]
 
 
 def test_schema_is_valid_for_postgresql() -> None:

@@ -41,6 +41,8 @@ COMMANDS = (
     Command("search", "zoo.cli.reading:search", "Search the cards for words.", READ),
     Command("show", "zoo.cli.reading:show", "Show everything about one method.", READ),
     Command("compare", "zoo.cli.reading:compare", "Put methods side by side.", READ),
+    Command("pareto", "zoo.cli.evidence_commands:pareto", "Draw quality against realised gain.", READ),
+    Command("recommend", "zoo.cli.evidence_commands:recommend", "Say which method to use, and why.", READ),
     Command("papers", "zoo.cli.reading:papers", "Search the bibliography.", READ),
     Command(
         "taxonomy", "zoo.cli.taxonomy_commands:app", "Trees, matrix, glossary and gaps of the field.", READ
@@ -52,8 +54,12 @@ COMMANDS = (
     Command("train", "zoo.cli.training:train", "Train what a method has to train, and save the result.", RUN),
     Command("fit", "zoo.cli.fitting:fit", "Find the parameters of a method on samples.", RUN),
     Command("eval", "zoo.cli.evaluating:evaluate", "Score a model on standard tasks.", RUN),
+    Command("bench", "zoo.cli.benching:bench", "Measure many methods on many models, as a plan says.", RUN),
     Command("results", "zoo.cli.results_command:results", "List what was measured.", RUN),
+    Command("import", "zoo.cli.exchange_commands:import_", "Add the runs of somebody else's export.", RUN),
+    Command("reference", "zoo.cli.reference:app", "Train, examine and look into the reference VLM.", RUN),
     Command("models", "zoo.cli.running:models", "List the models that have a short name.", RUN),
+    Command("export", "zoo.cli.exchange_commands:export", "Write results, cards or papers to a file.", KEEP),
     Command("catalog", "zoo.cli.catalog_commands:app", "Build, check, query or export the catalogue.", KEEP),
     Command(
         "site", "zoo.cli.site_commands:app", "Build the web pages of the catalogue, or look at them.", KEEP

@@ -1,21 +1,17 @@
-"""``zoo catalog build | check | sql | path | export``: the catalogue as a file."""
+"""``zoo catalog build | publish | check | sql | path | export``: the catalogue as a file."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json as json_text
 import sqlite3
 import sys
-from collections.abc import Iterable, Sequence
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from taxonomy import files, paths, queries
-from taxonomy.errors import CatalogError, QueryError
+from taxonomy.errors import QueryError
+from zoo.cli.exchange_commands import export
 from zoo.cli.output import Column, Json, counted, print_json, print_table
 
 if TYPE_CHECKING:
@@ -54,6 +50,28 @@ def build(file: Target = None) -> None:
     typer.echo(
         f"{target}: {state}; {counted(len(material.cards), 'card')}, {len(material.implemented)} of them run, "
         f"{counted(len(material.papers), 'paper')}, {counted(len(material.runs), 'reference run')}, {size:.1f} MiB"
+    )
+
+
+@app.command()
+def publish(
+    place: Annotated[
+        str | None,
+        typer.Argument(help="File or SQLAlchemy URL; your own catalogue (ZOO_CATALOG) without it."),
+    ] = None,
+) -> None:
+    """Put cards, vocabulary and bibliography beside the runs of your catalogue, so that SQL can join them.
+
+    For the PostgreSQL database of a team; runs that are there stay as they are.
+    """
+    from taxonomy.catalog import publish
+    from taxonomy.runs import shown
+
+    material = sources()
+    where = place or paths.user_catalog()
+    state = "written" if publish(material, where) else "unchanged"
+    typer.echo(
+        f"{shown(where)}: {state}; {counted(len(material.cards), 'card')}, {counted(len(material.papers), 'paper')}"
     )
 
 
@@ -117,6 +135,9 @@ def _only_reading(
 def sql(
     query: Annotated[str, typer.Argument(help="One SELECT; - reads it from standard input.")],
     file: Target = None,
+    runs: Annotated[
+        bool, typer.Option("--runs", help="Ask the catalogue of your own runs alone, PostgreSQL included.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Ask the catalogue in SQL, for reading only. Views: v_method, v_paper, v_claim, v_run, v_measurement.
@@ -124,6 +145,22 @@ def sql(
     Your own runs, when they are in a file, are attached as `own`: SELECT * FROM own.v_measurement.
     """
     text = sys.stdin.read() if query == "-" else query
+    names, rows = _own_answer(text) if runs else _answer(text, file)
+    if json:
+        print_json([dict(zip(names, row, strict=True)) for row in rows])
+        return
+    columns = [Column(name) for name in names]
+    print_table(columns, [["" if value is None else str(value) for value in row] for row in rows])
+
+
+def _own_answer(text: str) -> tuple[list[str], list[tuple[Any, ...]]]:
+    from taxonomy.runs import ask
+
+    return ask(text)
+
+
+def _answer(text: str, file: Path | None) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """What the built catalogue says; the file with the user's runs, if there is one, is attached as ``own``."""
     db = queries.open_catalog(file)
     own = paths.user_catalog()
     attached = "://" not in own and Path(own).is_file()
@@ -139,91 +176,10 @@ def sql(
     db.set_authorizer(_only_reading)
     try:
         cursor = db.execute(text)
-        names = [column[0] for column in cursor.description or ()]
-        rows = cursor.fetchall()
+        return [column[0] for column in cursor.description or ()], cursor.fetchall()
     except (sqlite3.Error, sqlite3.Warning) as error:
         only = " (the catalogue is open for reading only)" if "authorized" in str(error) else ""
         raise QueryError(f"SQL: {error}{only}") from None
-    if json:
-        print_json([dict(zip(names, row, strict=True)) for row in rows])
-        return
-    columns = [Column(name) for name in names]
-    print_table(columns, [["" if value is None else str(value) for value in row] for row in rows])
 
 
-class Format(str, Enum):
-    """File formats of ``zoo catalog export``."""
-
-    csv = "csv"
-    json = "json"
-    bibtex = "bibtex"
-
-
-class What(str, Enum):
-    """What ``zoo catalog export`` writes."""
-
-    methods = "methods"
-    papers = "papers"
-    claims = "claims"
-    terms = "terms"
-    measurements = "measurements"
-
-
-_TABLES = {
-    What.methods: "v_method",
-    What.papers: "v_paper",
-    What.claims: "v_claim",
-    What.terms: "term",
-    What.measurements: "v_measurement",
-}
-
-
-@app.command()
-def export(
-    what: Annotated[What, typer.Argument(help="What to write.")] = What.methods,
-    format: Annotated[Format, typer.Option("--format", "-f", help="File format.")] = Format.csv,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File; standard output without it.")
-    ] = None,
-    file: Target = None,
-) -> None:
-    """Write methods, papers, claims, terms or reference measurements as CSV, JSON or BibTeX."""
-    db = queries.open_catalog(file)
-    text = _bibtex(db, what) if format is Format.bibtex else _flat(db, what, format)
-    if output is None:
-        sys.stdout.write(text)
-        return
-    try:
-        output.write_text(text, encoding="utf-8", newline="")
-    except OSError as error:
-        raise CatalogError(f"{output} cannot be written: {error.strerror or error}") from None
-
-
-def _flat(db: sqlite3.Connection, what: What, format: Format) -> str:
-    cursor = db.execute(f"SELECT * FROM {_TABLES[what]}")
-    names = [column[0] for column in cursor.description]
-    if format is Format.csv:
-        return _csv(names, cursor)
-    if what is What.methods:
-        values = queries.as_json(queries.find(db, kinds=queries.KINDS))
-    elif what is What.papers:
-        values = queries.as_json(queries.papers(db, limit=None))
-    else:
-        values = [dict(zip(names, row, strict=True)) for row in cursor]
-    return json_text.dumps(values, ensure_ascii=False, indent=1) + "\n"
-
-
-def _csv(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _bibtex(db: sqlite3.Connection, what: What) -> str:
-    if what is What.methods:
-        return "\n\n".join(row[0] for row in db.execute("SELECT bibtex FROM method ORDER BY slug")) + "\n"
-    if what is What.papers:
-        return "\n\n".join(queries.paper_bibtex(paper) for paper in queries.papers(db, limit=None)) + "\n"
-    raise QueryError(f"{what.value} cannot be written as BibTeX; methods and papers can")
+app.command("export")(export)

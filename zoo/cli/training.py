@@ -33,7 +33,9 @@ def train(
             "--data",
             "-d",
             help="What to learn from: a file, a folder or a packaged name. Text: .jsonl with prompt and response "
-            "(or instruction and output), or plain text as for --calibration. Default: the method's own.",
+            "(or instruction and output), or plain text as for --calibration. Pictures: cifar10, mnist, fashion-mnist, "
+            "or a folder with a sub-folder for each class (dtop: images/, masks/, classes.txt). Default: the "
+            "method's own.",
         ),
     ] = None,
     assignments: Annotated[
