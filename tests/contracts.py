@@ -39,14 +39,29 @@ MODELS = {
     ),
     "decoding": ("tiny-llama", "tiny-llama-mha", "tiny-qwen3"),
     "visual-tokens": ("tiny-llava", "tiny-llava-next", "tiny-qwen2.5-vl", "tiny-internvl"),
-    "encoder-tokens": ("tiny-vit", "tiny-deit", "tiny-clip", "tiny-dinov2", "tiny-dinov2-registers"),
+    "encoder-tokens": (
+        "tiny-vit",
+        "tiny-deit",
+        "tiny-clip",
+        "tiny-dinov2",
+        "tiny-dinov2-registers",
+        "tiny-beit",
+        "tiny-vim",
+    ),
+    "diffusion": ("tiny-diffusion",),
+    "cache": ("tiny-bert", "tiny-gpt2"),
 }
 """Architectures each family is run on."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     # Defaults made for twelve or more layers, scaled to the four of the tiny models.
     "evit": {"layers": [1, 2]},
+    "as-vit": {"layers": [1, 2, 3], "thresholds": [0.02, 0.022, 0.025]},
+    "dtop": {"threshold": 0.2, "protect": 1},
+    "vision-ssm-token-pruning": {"blocks": [1, 3]},
+    "spatten": {"keep_heads": [0.8, 0.8]},
     "tome": {"r": 4},
+    "optiprune": {"rounds": 1, "steps": 1, "last_steps": 1},
     "zero-tprune": {"layers": [0, 2], "retention": [0.9, 0.7], "iterations": [30, 1], "duplicates": 4},
     "token-transforming": {"layers": [1, 2]},
     "cfsp": {"sparsity": 0.15},
@@ -81,6 +96,8 @@ PICTURES = {"catp": 3}
 """Methods for prompts with several pictures, and how many they get."""
 FRAMES = {"dycoke": 8, "prunevid": 8, "holitom": 8, "aot": 8, "fastvid": 8}
 """Methods that need a video, and its frames; a model without a video input gets them as pictures."""
+SEGMENTERS = {"dtop"}
+"""Methods for encoders with heads for masks."""
 DIFFUSION = {"window-diffusion"}
 """Methods for masked diffusion language models; those without the method denoise the whole sequence in every step."""
 REORDERED = {"aot", "dycoke"}
@@ -93,6 +110,9 @@ TEXTS = (
     "one two three one two three one two",
     "a completely different line, without much in common.",
 )
+
+
+DRAWINGS = ("a cat and a frog", "a red car", "three birds in a tree")
 
 
 @dataclass(frozen=True)
@@ -145,7 +165,9 @@ def models_of(slug: str) -> tuple[str, ...]:
     """Architectures that the method does not refuse (one without a [CLS] token, say)."""
     fitting = []
     models = MODELS[method_class(slug).phase]
-    for model in VIDEO_MODELS if slug in FRAMES else ("tiny-llada",) if slug in DIFFUSION else models:
+    if slug in SEGMENTERS | DIFFUSION:
+        models = ("tiny-segvit",) if slug in SEGMENTERS else ("tiny-llada",)
+    for model in VIDEO_MODELS if slug in FRAMES else models:
         bench = Bench(slug, model)
         try:
             bench.method.check(bench.load())
@@ -178,6 +200,8 @@ def data(bench: Bench, loaded: LoadedModel, samples: tuple[int, ...] = (0,)) -> 
     match bench.cls.phase:
         case "encoder-tokens":
             return dict(loaded.processor(images=[picture(s) for s in samples], return_tensors="pt"))
+        case "diffusion":
+            return {"prompt": [DRAWINGS[s] for s in samples], "steps": 2}
         case "visual-tokens":
             return visual(bench, loaded, [QUESTIONS[s] for s in samples], samples)
         case _:
@@ -206,6 +230,10 @@ def visual(
 def outcome(bench: Bench, applied: zoo.Applied, samples: tuple[int, ...] = (0,)) -> list[torch.Tensor]:
     """What a user gets for each sample: new tokens, or features of an encoder."""
     inputs = data(bench, applied.loaded, samples)
+    if bench.cls.phase == "diffusion":
+        return list(applied.generate(**inputs))
+    if applied.loaded.anatomy.text_encoder is not None:
+        return list(applied(**inputs).last_hidden_state[:, 0])
     if bench.cls.phase == "encoder-tokens":
         output = applied(**inputs)
         return list(output.logits if "logits" in output else output.last_hidden_state[:, 0])
@@ -216,6 +244,10 @@ def outcome(bench: Bench, applied: zoo.Applied, samples: tuple[int, ...] = (0,))
 @torch.no_grad()
 def plain(bench: Bench, loaded: LoadedModel, samples: tuple[int, ...] = (0,)) -> list[torch.Tensor]:
     inputs = data(bench, loaded, samples)
+    if bench.cls.phase == "diffusion":
+        return list(loaded.model.generate(**inputs))
+    if loaded.anatomy.text_encoder is not None:
+        return list(loaded.model(**inputs).last_hidden_state[:, 0])
     if bench.cls.phase == "encoder-tokens":
         output = loaded.model(**inputs)
         return list(output.logits if "logits" in output else output.last_hidden_state[:, 0])
@@ -252,8 +284,11 @@ class FullMaps(TorchDispatchMode):
 def layer_lengths(loaded: LoadedModel) -> Iterator[list[int]]:
     """Sequence lengths that reach the MLP of each decoder layer (or encoder block)."""
     anatomy = loaded.anatomy
-    if anatomy.decoder is not None:
-        places = [layer.mlp.module for layer in anatomy.decoder.layers]
+    text = anatomy.decoder or anatomy.text_encoder
+    if text is not None:
+        places = [layer.mlp.module for layer in text.layers]
+    elif anatomy.state_space is not None:
+        places = [block.input for block in anatomy.state_space.blocks]
     else:
         assert anatomy.encoder is not None
         places = [block.mlp for block in anatomy.encoder.blocks]
@@ -284,18 +319,32 @@ def query_aware(bench: Bench, declared: bool) -> None:
 
 def needs_attention_maps(bench: Bench, declared: bool) -> None:
     loaded = bench.load()
-    samples = (0,) if bench.cls.phase in ("weights", "decoding") else (0, 1)
+    samples = (0,) if bench.cls.phase in ("weights", "decoding", "diffusion") else (0, 1)
     inputs = data(bench, loaded, samples)
     # Anything square and at least as large as half of the tokens counts as a map.
     tokens = 12
     with FullMaps(tokens) as watched, bench.apply(loaded) as applied:
         if bench.cls.phase == "decoding":
             applied.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+        elif bench.cls.phase == "diffusion":
+            applied.generate(**inputs)
         else:
             prefill(applied, inputs)
         implementation = applied.model.config._attn_implementation
     assert implementation == "sdpa"
     assert bool(watched.found) == declared, f"attention maps of shapes {watched.found}"
+
+
+def query_aware_noise(bench: Bench, declared: bool) -> None:
+    """Pictures of other prompts begin with other noise, though the seed is the same."""
+    loaded = bench.load()
+    begun = []
+    with bench.apply(loaded) as applied:
+        for prompt in DRAWINGS:
+            applied.generate(prompt=prompt, steps=1)
+            begun.append(applied.initial_noise)
+    changed = any(not torch.equal(one, begun[0]) for one in begun)
+    assert changed == declared, f"other prompts {'changed' if changed else 'did not change'} the noise"
 
 
 def lossless(bench: Bench, declared: bool) -> None:
@@ -352,6 +401,27 @@ def shrinks_sequence(bench: Bench, declared: bool) -> None:
     assert shown == gone
 
 
+def shrinks_grid(bench: Bench, declared: bool) -> None:
+    """Tokens behind the self-attention of every block, where the report says that fewer went in."""
+    loaded = bench.load()
+    denoiser = loaded.anatomy.denoiser
+    assert denoiser is not None
+    lengths: list[list[int]] = [[], []]
+    hooks = [
+        block.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+        for block in denoiser.blocks
+    ]
+    seen = lengths[0]
+    loaded.model.generate("a cat", steps=1)
+    seen = lengths[1]
+    with bench.apply(loaded) as applied:
+        applied.generate(prompt="", steps=1)  # no subjects: one pass
+    for hook in hooks:
+        hook.remove()
+    assert applied.report.kept < applied.report.total == sum(lengths[0])
+    assert (sum(lengths[1]) < sum(lengths[0])) == declared
+
+
 def shrinks_cache(bench: Bench, declared: bool) -> None:
     loaded = bench.load()
     inputs = data(bench, loaded)
@@ -362,7 +432,7 @@ def shrinks_cache(bench: Bench, declared: bool) -> None:
     with bench.apply(loaded) as applied:
         cache = prefill(applied, inputs).past_key_values
         report = applied.report.bars
-        bars = report.get(CACHED) or report["visual tokens"]
+        bars = report.get(CACHED) or next(iter(report.values()))
     lengths = [layer.get_seq_length() for layer in cache.layers]
     assert (sum(lengths) < sum(dense)) == declared
     if declared:
@@ -463,8 +533,27 @@ CHECKS: dict[str, dict[str, Callable[[Bench, bool], None]]] = {
         "batchable": batchable,
         "shrinks_sequence": shrinks_sequence,
     },
+    "cache": {
+        "needs_attention_maps": needs_attention_maps,
+        "lossless": lossless,
+        "deterministic": deterministic,
+        "batchable": batchable,
+        "shrinks_sequence": shrinks_sequence,
+        "shrinks_cache": shrinks_cache,
+    },
+    "diffusion": {
+        "query_aware": query_aware_noise,
+        "needs_attention_maps": needs_attention_maps,
+        "lossless": lossless,
+        "deterministic": deterministic,
+        "batchable": batchable,
+        "shrinks_sequence": shrinks_grid,
+    },
 }
 """Family -> property -> how it is executed."""
+
+POINTLESS = {("shrinks_cache", "tiny-bert")}
+"""Properties that mean nothing on a model: an encoder has no cache."""
 
 
 def training_none(bench: Bench) -> None:

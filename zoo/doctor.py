@@ -26,6 +26,8 @@ class Finding:
 _REQUIRED = ("torch", "transformers", "safetensors", "pydantic", "sqlalchemy", "typer", "rich", "jinja2")
 _OPTIONAL = {
     "onnx": "needed once, to convert dinov2-small-saliency (pip install 'efficiency-zoo[vision]')",
+    "diffusers": "needed for text-to-image models (pip install 'efficiency-zoo[diffusion]')",
+    "psycopg": "needed to keep runs in PostgreSQL (pip install 'efficiency-zoo[postgres]')",
     "peft": "needed to recover pruned models with zoo train (pip install 'efficiency-zoo[train]')",
     "datasets": "needed for calibration text from the hub (pip install 'efficiency-zoo[datasets]')",
     "lm_eval": "needed for standard scores with zoo eval (pip install 'efficiency-zoo[eval]')",

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     from zoo.models import LoadedModel
 
-Phase = Literal["weights", "encoder-tokens", "visual-tokens", "cache", "decoding"]
-PHASES: tuple[Phase, ...] = ("weights", "encoder-tokens", "visual-tokens", "cache", "decoding")
+Phase = Literal["weights", "encoder-tokens", "visual-tokens", "cache", "decoding", "diffusion"]
+PHASES: tuple[Phase, ...] = ("weights", "encoder-tokens", "visual-tokens", "cache", "decoding", "diffusion")
 """The order in which the methods of a stack are applied."""
 
 
@@ -113,6 +113,8 @@ class Method(BaseModel):
 
     slug: ClassVar[str] = ""
     phase: ClassVar[Phase]
+    default_model: ClassVar[str | None] = None
+    """Short name of the model it runs on when none is named, where the family's own would not do."""
 
     @classmethod
     def card(cls) -> Card:

@@ -76,11 +76,10 @@ def record_patches(applied: Applied, **inputs: Any) -> list[PatchMap]:
     (watched,) = encoders
     with torch.no_grad():
         applied(**inputs)
-    encoder = watched.reducer.encoder
-    side, prefix = encoder.patch_size, encoder.prefix
+    side = watched.reducer.encoder.patch_size
     given = natural(pixels.float().cpu(), applied.loaded.processor, video=False)
     grid = given.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5)
-    shares = watched.sources[:, prefix:, prefix:].cpu()
+    shares = watched.reducer.patch_sources.cpu()
     return [
         PatchMap(patches, share, watched.tokens_per_block, watched.reducer.entered)
         for patches, share in zip(grid, shares, strict=True)

@@ -35,22 +35,44 @@ if TYPE_CHECKING:
 
     from zoo.bench.scenarios.decoding import Watch
     from zoo.bench.session import Arm, Progress, Session
+    from zoo.bench.tasks import Kept, Task
+    from zoo.interface import Applied
     from zoo.models import LoadedModel
 
-Kind = Literal["text", "vlm", "image", "embedding"]
+Kind = Literal["text", "vlm", "image", "embedding", "diffusion"]
 
 DEFAULT_MODELS: dict[Kind, str] = {
     "text": "smollm2-135m",
     "image": "dinov2-small-saliency",
     "vlm": "small-llava",
+    "diffusion": "tiny-diffusion",
 }
-"""What a method runs on when no model is named. No registry carries a pretrained VLM, hence a random one."""
+"""What a method runs on when no model is named. No registry carries a pretrained VLM or diffusion model, hence random
+ones."""
 
 PROMPT = "Explain in a few sentences why the sky is blue during the day and red at sunset."
+PICTURE_PROMPT = "a cat and a frog on a bench"
+PASSAGES = 8
+"""Texts in the batch on which a method inside a text encoder is timed."""
 CALIBRATION_WINDOWS = 32
 CALIBRATION_LENGTH = 128
 
-_KINDS: dict[str, Kind] = {"decoder": "text", "encoder": "image", "vlm": "vlm", "embedding": "embedding"}
+_KINDS: dict[str, Kind] = {
+    "decoder": "text",
+    "encoder": "image",
+    "vlm": "vlm",
+    "embedding": "embedding",
+    "diffusion": "diffusion",
+}
+
+
+_DOES: dict[Kind, str] = {
+    "text": "writes",
+    "vlm": "writes",
+    "image": "sees",
+    "embedding": "embeds",
+    "diffusion": "draws",
+}
 
 
 class RunInterrupted(KeyboardInterrupt):
@@ -82,6 +104,7 @@ class Request:
         save: folder for the pruned model; must not exist, or be empty.
         report: folder for ``report.html`` and ``record.json``; for token methods also ``overlay.png``.
         overlay: PNG file for a picture of the tokens that stay.
+        task: what both sides are asked; ``None`` = what suits the family: speed, memory and quality, side by side.
         store: keep the record in the user's catalogue.
     """
 
@@ -100,6 +123,7 @@ class Request:
     save: Path | None = None
     report: Path | None = None
     overlay: Path | None = None
+    task: Task | None = None
     store: bool = True
 
 
@@ -111,6 +135,7 @@ def run(
     settings: Settings | None = None,
     progress: Progress | None = None,
     watch: Watch | None = None,
+    kept: Kept | None = None,
     **more: Any,
 ) -> RunRecord:
     """Apply a method to a model and measure both side by side.
@@ -122,6 +147,7 @@ def run(
         settings: how much to measure.
         progress: called as the work goes on.
         watch: follows one generation of a decoding method, see ``zoo.live.LiveText.follow``.
+        kept: what an earlier run on the same ``model`` object left for this one, see ``zoo.bench.tasks.Kept``.
         more: fields of ``Request`` by name, as ``parameters={"sparsity": 0.3}``.
 
     Returns:
@@ -138,6 +164,8 @@ def run(
         raise TypeError("give either a Request or its fields, not both")
     method = make_method(spec, **request.parameters) if isinstance(spec, str) else spec
     methods = method.methods if isinstance(method, Stack) else [method]
+    if model is None:
+        model = next((method.default_model for method in methods if method.default_model), None)
     kind = kind_of(methods, model)
     _check_request(request, methods, kind)
 
@@ -145,7 +173,7 @@ def run(
     from zoo.bench.session import Session
 
     job = _Job(method, methods, kind, request, settings or Settings(), progress or (lambda *_: None))
-    job.watch = watch
+    job.watch, job.kept = watch, kept
     loaded = job.load(model)
     session = Session(job.record, job.settings, loaded.device, job.progress)
     begun = time.perf_counter()
@@ -192,6 +220,8 @@ def kind_of(methods: Sequence[Method], model: str | LoadedModel | None, who: str
         kind: Kind = "vlm"
     elif "encoder-tokens" in phases:
         kind = "image"
+    elif "diffusion" in phases:
+        kind = "diffusion"
     else:
         kind = "text"
     if isinstance(model, str):
@@ -205,7 +235,7 @@ def kind_of(methods: Sequence[Method], model: str | LoadedModel | None, who: str
         return kind
     if given == "vlm" and (kind == "image" or "decoding" in phases):
         return "vlm"
-    if given == "embedding" and phases == {"weights"}:
+    if given == "embedding" and phases in ({"weights"}, {"cache"}):
         return "embedding"
     names = who or "+".join(method.slug for method in methods)
     wants = {
@@ -213,6 +243,7 @@ def kind_of(methods: Sequence[Method], model: str | LoadedModel | None, who: str
         "image": "a vision encoder",
         "vlm": "a vision-language model",
         "embedding": "an embedding model",
+        "diffusion": "a text-to-image model",
     }
     ref = model if isinstance(model, str) else getattr(model, "ref", "this model")
     raise Refused(
@@ -225,11 +256,13 @@ def _check_request(request: Request, methods: Sequence[Method], kind: Kind) -> N
     names = "+".join(method.slug for method in methods)
     prunes = any(method.phase == "weights" for method in methods)
     drafts = [method for method in methods if method.phase == "decoding"]
-    if request.images and kind in ("text", "embedding"):
+    if request.images and kind in ("text", "embedding", "diffusion"):
         raise BadInput(f"{names} works on text; leave out the image")
     if kind != "vlm" and (request.video is not None or request.frames is not None):
         raise BadInput(f"{names} works on {'pictures' if kind == 'image' else 'text'}; leave out the video")
     check_files(request.images, request.video)
+    if drafts and any(method.phase == "cache" for method in methods):
+        raise BadInput(f"{names}: drafts are taken back out of the cache, which one of them cuts; take one")
     if request.prompt is not None and kind == "image":
         raise BadInput(f"{names} works on images; leave out the prompt")
     if request.prompt is not None and kind == "embedding":
@@ -318,6 +351,7 @@ class _Job:
         self.record: RunRecord
         self.draft: LoadedModel | None = None
         self.watch: Watch | None = None
+        self.kept: Kept | None = None
         self.overlay: Path | None = None
 
     @property
@@ -379,6 +413,9 @@ class _Job:
         cuda = [loaded.device] if loaded.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda), quiet_transformers():
             torch.manual_seed(self.request.seed)
+            if self.request.task is not None:
+                self._ask(session, loaded, self.request.task)
+                return
             text = self._text_inputs(loaded) if self.kind in ("text", "vlm") else None
             pixels = self._pixels(loaded) if self.kind == "image" else None
             self._prune_draft(loaded)
@@ -390,14 +427,31 @@ class _Job:
                 return
             dense = Arm(loaded)
             arm = Arm(own, rest, {method.slug: self._resources(method) for method in rest})
+            if self.kind == "diffusion":
+                self._measure_diffusion(session, dense, arm)
+                return
             if pixels is not None:
                 from zoo.bench.scenarios import measure_encoder_tokens
 
+                self._note_random_weights(session, loaded)
                 measure_encoder_tokens(session, dense, arm, pixels)
                 if self.request.overlay or self.request.report:
                     self._draw_patches(session, arm, pixels)
                 return
+            if self.kind == "embedding":
+                from zoo.bench.scenarios import measure_embedding_tokens
+
+                passages, _ = self._passages(loaded)
+                passages = passages[:PASSAGES]
+                task = f"news, {len(passages)} items, {passages.shape[1]} tokens of each"
+                measure_embedding_tokens(session, dense, arm, passages, task)
+                return
             assert text is not None
+            if "cache" in self.phases:
+                from zoo.bench.scenarios import measure_text_tokens
+
+                random = self._note_random_weights(session, loaded)
+                measure_text_tokens(session, dense, arm, self._prompt, text, random=random)
             if self.phases & {"visual-tokens", "encoder-tokens"}:
                 self._measure_visual(session, dense, arm, text)
             if "decoding" in self.phases:
@@ -408,17 +462,45 @@ class _Job:
                     same_weights=self.phases == {"decoding"}, watch=self.watch,
                 )  # fmt: skip
 
-    def _measure_visual(self, session: Session, dense: Arm, arm: Arm, inputs: Mapping[str, Any]) -> None:
-        from zoo.bench.scenarios import measure_visual_tokens
+    def _note_random_weights(self, session: Session, loaded: LoadedModel) -> bool:
+        """Whether the weights are random, which is then said beside the figures."""
         from zoo.models.names import KNOWN
 
-        known = KNOWN.get(dense.loaded.ref)
+        known = KNOWN.get(loaded.ref)
         random = known is not None and known.random
         if random:
             session.note(
-                f"The weights of {dense.loaded.ref} are random: selection, lengths, memory and time are real, "
-                "what it writes means nothing."
+                f"The weights of {loaded.ref} are random: selection, lengths, memory and time are real, "
+                f"what it {_DOES[self.kind]} means nothing."
             )
+        return random
+
+    def _measure_diffusion(self, session: Session, dense: Arm, arm: Arm) -> None:
+        from zoo.bench.scenarios import measure_diffusion
+
+        prompt = self.record.inputs["prompt"] = self.request.prompt or PICTURE_PROMPT
+        self._note_random_weights(session, dense.loaded)
+        measure_diffusion(session, dense, arm, prompt, self.request.seed)
+
+    def _ask(self, session: Session, loaded: LoadedModel, task: Task) -> None:
+        """Put the task to the dense model and to the method."""
+        from zoo.bench.session import Arm
+        from zoo.bench.tasks import Desk
+
+        self.record.inputs["task"] = {"name": task.name, **task.model_dump(mode="json")}
+        self._prune_draft(loaded)
+        own = self._pruned(loaded).loaded if "weights" in self.phases else loaded
+        rest = [method for method in self.methods if method.phase != "weights"]
+        arm = Arm(own, rest, {method.slug: self._resources(method) for method in rest})
+        desk = Desk(self.request.seed, self.progress, self.kept)
+        for row in task.run(Arm(loaded), arm, desk):
+            self.record.comparisons.append(row)
+        self.record.reports += arm.reports
+
+    def _measure_visual(self, session: Session, dense: Arm, arm: Arm, inputs: Mapping[str, Any]) -> None:
+        from zoo.bench.scenarios import measure_visual_tokens
+
+        random = self._note_random_weights(session, dense.loaded)
         measure_visual_tokens(session, dense, arm, self._prompt, inputs, random=random)
         if self.phases & _DRAWN and (self.request.overlay or self.request.report):
             self._draw_overlay(session, arm, inputs)
@@ -492,10 +574,21 @@ class _Job:
     def _prune(self, session: Session, loaded: LoadedModel, text: Mapping[str, Any] | None) -> LoadedModel:
         """Prune, save when asked, measure; returns the pruned model."""
         from zoo.bench.scenarios import measure_embedding_weights, measure_weights
+
+        heldout, task = self._passages(loaded) if self.kind == "embedding" else self._heldout(loaded)
+        self.record.inputs["held-out text"] = task
+        applied = self._pruned(loaded)
+        if text is None:
+            measure_embedding_weights(session, loaded, applied.loaded, heldout, task)
+        else:
+            measure_weights(session, loaded, applied.loaded, heldout, task, self._prompt, text)
+        return applied.loaded
+
+    def _pruned(self, loaded: LoadedModel) -> Applied:
+        """Prune, report, and save when asked; what the last run on this model made is taken again when it is equal."""
         from zoo.data import digest, load_texts
 
         request = self.request
-        heldout, task = self._passages(loaded) if self.kind == "embedding" else self._heldout(loaded)
         if request.calibration is None:
             name, calibration = "news, calibration split", load_texts("news", split="calibration")
         else:
@@ -505,28 +598,32 @@ class _Job:
             "calibration": name,
             "calibration sha256": digest(calibration),
             "calibration windows": [request.calibration_windows, length],
-            "held-out text": task,
         }
         pruner = next(method for method in self.methods if method.phase == "weights")
         what = f"pruning with {pruner.slug}"
-        self.progress(what, 0, 0)
-        applied = pruner.apply(
-            loaded,
-            calibration=calibration,
-            samples=request.calibration_windows,
-            length=length,
-            seed=request.seed,
-            progress=lambda done, total: self.progress(what, done, total),
-        )
+
+        def prune() -> Applied:
+            self.progress(what, 0, 0)
+            return pruner.apply(
+                loaded,
+                calibration=calibration,
+                samples=request.calibration_windows,
+                length=length,
+                seed=request.seed,
+                progress=lambda done, total: self.progress(what, done, total),
+            )
+
+        if self.kept is None:
+            applied = prune()
+        else:
+            asked = [self.record.inputs["calibration sha256"], self.record.inputs["calibration windows"]]
+            key = json.dumps([pruner.slug, pruner.parameters(), *asked, request.seed], sort_keys=True)
+            applied = self.kept.once("pruned model", key, prune)
         self.record.reports.append(applied.report)
         if request.save is not None:
             self.progress(f"saving to {request.save}", 0, 0)
             self.record.saved = str(applied.save(request.save))
-        if text is None:
-            measure_embedding_weights(session, loaded, applied.loaded, heldout, task)
-        else:
-            measure_weights(session, loaded, applied.loaded, heldout, task, self._prompt, text)
-        return applied.loaded
+        return applied
 
     # --- inputs -----------------------------------------------------------------------------------------------
 
@@ -648,6 +745,10 @@ def stored_form(record: RunRecord) -> dict[str, Any]:
     """The record as ``taxonomy.runs.record_run`` takes it."""
     body = record.model_dump(mode="json")
     reports = body["reports"]
+    report = reports[0] if len(reports) == 1 else {"reports": reports} if reports else {}
+    outcomes = _outcomes(record)
+    if outcomes:
+        report = {**report, "outcomes": outcomes}
     return {
         **{
             name: body[name]
@@ -659,9 +760,19 @@ def stored_form(record: RunRecord) -> dict[str, Any]:
         "model": record.model.ref,
         "model_revision": record.model.revision or "",
         "model_facts": {"architecture": record.model.architecture, **record.model.facts},
-        "report": reports[0] if len(reports) == 1 else {"reports": reports} if reports else None,
+        "report": report or None,
         "measurements": list(record.measurements()),
     }  # fmt: skip
+
+
+def _outcomes(record: RunRecord) -> dict[str, dict[str, str]]:
+    """Right and wrong per question, by quantity and task, and by arm; what paired intervals are computed from."""
+    found: dict[str, dict[str, str]] = {}
+    for row in record.comparisons:
+        for arm, figure in (("dense", row.dense), ("method", row.method)):
+            if figure is not None and figure.items is not None:
+                found.setdefault(f"{row.quantity}: {row.task}", {})[arm] = figure.items
+    return found
 
 
 def command_line(name: str, ref: str, request: Request, settings: Settings) -> str:

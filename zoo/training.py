@@ -74,6 +74,7 @@ class Setting:
         calibration: texts for methods that prune first; ``None`` for the packaged ones.
         windows: how many windows of 128 tokens are drawn from them.
         progress: to be called as the preparation goes on.
+        recipe: how it will learn; ``None`` when only the preparation is wanted.
     """
 
     folder: Path
@@ -82,6 +83,7 @@ class Setting:
     calibration: Sequence[str] | None
     windows: int
     progress: Progress
+    recipe: Recipe | None = None
 
 
 class Trainable(ABC):
@@ -102,6 +104,11 @@ class Trainable(ABC):
         from zoo.dialogues import load_dialogues
 
         return load_dialogues(ref)
+
+    def check_training(self, loaded: LoadedModel) -> None:
+        """Refuse models that cannot be trained: those that the method cannot run on, unless overridden."""
+        assert isinstance(self, Method)
+        self.check(loaded)
 
     @abstractmethod
     def prepare(
@@ -215,7 +222,7 @@ def train(
     if isinstance(model, str):
         progress(f"loading {model}", 0, 0)
         model = load_model(model, device=device, dtype=dtype)
-    method.check(model)
+    method.check_training(model)
     origin = {
         "method": method.slug,
         "parameters": method.parameters(),
@@ -231,7 +238,7 @@ def train(
     _keep_settings(folder, origin)
     with quiet_transformers():
         try:
-            setting = Setting(folder, seed, length, calibration, calibration_windows, progress)
+            setting = Setting(folder, seed, length, calibration, calibration_windows, progress, whole_recipe)
             lesson = method.prepare(model, examples, heldout, setting)
         except BadInput:
             _leave_no_empty(folder)
