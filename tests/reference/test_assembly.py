@@ -45,7 +45,7 @@ def test_without_its_weights_it_says_how_to_make_them(known: KnownModel) -> None
     assert known.trained is not None
     known.trained.unlink()
     assert not known.cached
-    with pytest.raises(BadInput, match="zoo reference train -o DIR, and put it.safetensors"):
+    with pytest.raises(BadInput, match=r"zoo reference train -o DIR, and put it\.safetensors"):
         zoo.load_model("mini", device="cpu")
 
 
