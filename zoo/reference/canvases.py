@@ -161,7 +161,9 @@ def _free_place(taken: list[Box], random: np.random.Generator) -> Box:
         place = Box(left, top, left + size, top + size)
         if not any(place.overlaps(other) for other in taken):
             return place
-    covered = np.zeros((SIDE + 1, SIDE + 1), dtype=int)  # its sums from the corner tell how much a square covers
+    covered = np.zeros(
+        (SIDE + 1, SIDE + 1), dtype=int
+    )  # its sums from the corner tell how much a square covers
     for box in taken:
         covered[box.top + 1 : box.bottom + 1, box.left + 1 : box.right + 1] = 1
     sums = covered.cumsum(0).cumsum(1)
