@@ -3,15 +3,10 @@
 The cache stays whole: in each step the attention that one layer pays with the new token decides which keys of the
 prompt the deeper layers read, and a key that is passed over now may be read in the next step. Those layers gather keys
 and values in front of the kernel (SDPA, flash), which then runs on the short ones.
-
-As for the taps of ``zoo.engines.probes``, a module gets its own shallow copy of the config with the name of a gathering
-kernel from transformers' registry; closing restores the original object.
 """
 
 from __future__ import annotations
 
-import copy
-import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from zoo.engines.kernels import put_in_front, run_kernel
 from zoo.engines.probes import Seen, tap_attention
 from zoo.engines.views import View
 from zoo.models.anatomy import Decoder
@@ -164,45 +159,31 @@ _Gathering = Callable[
 _gathering: weakref.WeakKeyDictionary[nn.Module, _Gathering] = weakref.WeakKeyDictionary()
 
 
-def _kernel(base: str) -> str:
-    """Name of the kernel that gathers keys and values and then runs ``base``; registered on first use."""
-    name = _PREFIX + base
-    if name not in ALL_ATTENTION_FUNCTIONS:
-
-        def forward(
-            module: nn.Module,
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            attention_mask: torch.Tensor | None,
-            **kwargs: Any,
-        ) -> Any:
-            gather = _gathering.get(module)
-            if gather is not None:
-                key, value, attention_mask = gather(key, value, attention_mask, "flash" in base)
-                if "eager" in base and attention_mask is not None and attention_mask.dtype == torch.bool:
-                    attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(
-                        ~attention_mask, torch.finfo(query.dtype).min
-                    )
-            kernel: Callable[..., Any]
-            if base == "eager":
-                kernel = sys.modules[type(module).__module__].eager_attention_forward
-            else:
-                kernel = ALL_ATTENTION_FUNCTIONS[base]
-            return kernel(module, query, key, value, attention_mask, **kwargs)
-
-        ALL_ATTENTION_FUNCTIONS.register(name, forward)
-    return name
-
-
 def _gather_in(module: nn.Module, gathered: _Gathering) -> Callable[[], None]:
     """Let ``module`` run its kernel on what ``gathered`` returns; returns the function that undoes it."""
-    config: Any = module.config
-    own = copy.copy(config)
-    own._attn_implementation_internal = _kernel(config._attn_implementation)
-    module.config = own
+    config = put_in_front(module, _PREFIX, _gathering_forward)
     _gathering[module] = gathered
     return partial(_restore, module, config)
+
+
+def _gathering_forward(
+    base: str,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> Any:
+    """Gather keys and values, and run the kernel ``base`` on them."""
+    gather = _gathering.get(module)
+    if gather is not None:
+        key, value, attention_mask = gather(key, value, attention_mask, "flash" in base)
+        if "eager" in base and attention_mask is not None and attention_mask.dtype == torch.bool:
+            attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(
+                ~attention_mask, torch.finfo(query.dtype).min
+            )
+    return run_kernel(base, module, query, key, value, attention_mask, **kwargs)
 
 
 def _restore(module: nn.Module, config: Any) -> None:

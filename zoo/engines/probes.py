@@ -2,17 +2,12 @@
 
 A tap sits where transformers dispatches to an attention kernel: it sees queries and keys after normalisation and
 rotary embedding, whatever the architecture, and the kernel (SDPA, flash) runs as before. From them a method asks for
-just the rows it needs: ``softmax(q_row K^T)`` is O(N) per head.
-
-Transformers looks the kernel up by name in a public registry, through ``module.config``. A tap gives one attention
-module its own shallow copy of the config with the name of an observing kernel; detaching restores the original
-object. No function is patched and nothing stays on the module.
+just the rows it needs: ``softmax(q_row K^T)`` is O(N) per head. How a tap gets there, and leaves no trace, is in
+``zoo.engines.kernels``.
 """
 
 from __future__ import annotations
 
-import copy
-import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from zoo.engines.kernels import put_in_front, run_kernel
 from zoo.errors import Refused
 
 _PREFIX = "zoo_observed_"
@@ -113,43 +108,32 @@ not run; ``None`` = the kernel runs."""
 _taps: weakref.WeakKeyDictionary[nn.Module, list[Tap]] = weakref.WeakKeyDictionary()
 
 
-def _observing(base: str) -> str:
-    """Name of the kernel that shows its inputs to the taps and then runs ``base``; registered on first use."""
-    name = _PREFIX + base
-    if name not in ALL_ATTENTION_FUNCTIONS:
-
-        def forward(
-            module: nn.Module,
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            attention_mask: torch.Tensor | None,
-            **kwargs: Any,
-        ) -> Any:
-            scaling = kwargs.get("scaling")
-            causal = kwargs.get("is_causal")
-            seen = Seen(
-                query,
-                key,
-                value,
-                attention_mask,
-                query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-                bool(getattr(module, "is_causal", True) if causal is None else causal),
-                stretches=kwargs.get("cu_seq_lens_q"),
-            )
-            own = [tap(seen) for tap in tuple(_taps.get(module, ()))]
-            for output in own:
-                if output is not None:
-                    return output, None
-            kernel: Callable[..., Any]
-            if base == "eager":
-                kernel = sys.modules[type(module).__module__].eager_attention_forward
-            else:
-                kernel = ALL_ATTENTION_FUNCTIONS[base]
-            return kernel(module, query, key, value, attention_mask, **kwargs)
-
-        ALL_ATTENTION_FUNCTIONS.register(name, forward)
-    return name
+def _observed(
+    base: str,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> Any:
+    """Show the inputs of the kernel ``base`` to the taps of the module, and run it."""
+    scaling = kwargs.get("scaling")
+    causal = kwargs.get("is_causal")
+    seen = Seen(
+        query,
+        key,
+        value,
+        attention_mask,
+        query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        bool(getattr(module, "is_causal", True) if causal is None else causal),
+        stretches=kwargs.get("cu_seq_lens_q"),
+    )
+    own = [tap(seen) for tap in tuple(_taps.get(module, ()))]
+    for output in own:
+        if output is not None:
+            return output, None
+    return run_kernel(base, module, query, key, value, attention_mask, **kwargs)
 
 
 def tap_attention(module: nn.Module, tap: Tap) -> Callable[[], None]:
@@ -158,8 +142,7 @@ def tap_attention(module: nn.Module, tap: Tap) -> Callable[[], None]:
     Raises:
         Refused: the module does not dispatch its attention through transformers' registry.
     """
-    config: Any = getattr(module, "config", None)
-    base = getattr(config, "_attn_implementation", None)
+    base = getattr(getattr(module, "config", None), "_attn_implementation", None)
     if base is None:
         raise Refused(
             f"attention scores of {type(module).__name__} cannot be observed: it does not use transformers' "
@@ -168,10 +151,7 @@ def tap_attention(module: nn.Module, tap: Tap) -> Callable[[], None]:
     listeners = _taps.setdefault(module, [])
     listeners.append(tap)
     if not base.startswith(_PREFIX):
-        observed = copy.copy(config)
-        observed._attn_implementation_internal = _observing(base)
-        module.config = observed
-        _originals[module] = config
+        _originals[module] = put_in_front(module, _PREFIX, _observed)
 
     def detach() -> None:
         if tap in listeners:
