@@ -34,8 +34,8 @@ GOALS: Mapping[str, tuple[str, ...]] = {
 ALL_GAINS = tuple(quantity for group in GOALS.values() for quantity in group)
 
 QUALITIES = (
-    "accuracy", "loyalty", "retrieval", "perplexity", "agreement", "cosine-cls", "cosine-mean", "cosine-text",
-    "identical-tokens", "first-token-agreement",
+    "accuracy", "retained-score", "loyalty", "retrieval", "perplexity", "agreement", "cosine-cls",
+    "cosine-mean", "cosine-text", "identical-tokens", "first-token-agreement",
 )  # fmt: skip
 """Quantities that say how much of the model is left, the most telling first."""
 

@@ -144,7 +144,9 @@ def evaluate(
     """
     _check_harness()
     if not tasks:
-        raise BadInput("name at least one task, as in --tasks arc_easy; a task file (YAML) will do too")
+        raise BadInput(
+            "name at least one task, as in --tasks arc_easy (a task file will do too), or a suite with --suite"
+        )
     from zoo.bench.environment import environment
 
     started, begun = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.perf_counter()

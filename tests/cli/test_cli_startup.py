@@ -65,6 +65,7 @@ def modules(built: Path, tmp_path: Path, *arguments: str) -> set[str]:
         ("catalog", "export"),
         ("export", "claims"),
         ("pareto",),
+        ("eval", "--help"),
         ("recommend", "--model", "llama", "--for", "prefill"),
         ("import", "zoo"),
         ("import", "taxonomy"),

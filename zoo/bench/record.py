@@ -144,6 +144,23 @@ QUANTITIES = _quantities(
         "loyalty", "loyalty", "", "higher", "quality",
         "Fraction of questions answered as the dense model answers them, right or wrong.",
     ),
+    (
+        "benchmark-score", "score", "", "higher", "quality",
+        "A benchmark's own score where that is not the fraction of questions answered right, or the mean score of "
+        "several benchmarks; 1 = all points.",
+    ),
+    (
+        "retained-score", "retained", "", "higher", "quality",
+        "Score over the dense model's score, mean over the benchmarks of a suite.",
+    ),
+    (
+        "retained-score-rms", "retained, root mean square", "", "higher", "quality",
+        "Root mean square of these ratios: EffiVLM-Bench's overall performance.",
+    ),
+    (
+        "unevenness", "unevenness over benchmarks", "%", "lower", "quality",
+        "Standard deviation of these ratios over their mean: EffiVLM-Bench's generalisation.",
+    ),
     # Memory
     ("parameters", "parameters", "M", "lower", "memory", "All parameters of the model, shared ones once."),
     ("weight-bytes", "weights", "MB", "lower", "memory", "Bytes of all parameters, shared ones once."),

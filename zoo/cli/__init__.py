@@ -53,7 +53,7 @@ COMMANDS = (
     ),
     Command("train", "zoo.cli.training:train", "Train what a method has to train, and save the result.", RUN),
     Command("fit", "zoo.cli.fitting:fit", "Find the parameters of a method on samples.", RUN),
-    Command("eval", "zoo.cli.evaluating:evaluate", "Score a model on standard tasks.", RUN),
+    Command("eval", "zoo.cli.evaluating:evaluate", "Score a model on standard tasks, or on a suite.", RUN),
     Command("bench", "zoo.cli.benching:bench", "Measure many methods on many models, as a plan says.", RUN),
     Command("results", "zoo.cli.results_command:results", "List what was measured.", RUN),
     Command("import", "zoo.cli.exchange_commands:import_", "Add the runs of somebody else's export.", RUN),

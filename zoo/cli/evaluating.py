@@ -1,4 +1,4 @@
-"""``zoo eval``: a thin shell around ``zoo.evaluate``."""
+"""``zoo eval``: a thin shell around ``zoo.evaluate`` and, with a suite, ``zoo.suites``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from zoo.cli.output import Column, Json, print_table
+from zoo.cli.output import Column, Json, complete_method, print_table
+from zoo.errors import BadInput
 
 if TYPE_CHECKING:
     from zoo.evaluation import Estimate, Evaluation
@@ -19,14 +20,34 @@ def evaluate(
         str, typer.Argument(help="Folder of a (pruned) model, short name (zoo models) or hub id.")
     ],
     tasks: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--tasks",
             "-t",
             help="Task, group, tag or pattern of the harness, or a task file (.yaml) or folder of such; separated by "
-            "commas, repeatable. Task files can run Python of their folder.",
+            "commas, repeatable. Task files can run Python of their folder. With --suite: some of its datasets.",
         ),
-    ],
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option("--suite", help="uniprunebench, effivlm-bench or a suite file (.toml), for a VLM."),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            help="With --suite: ask with this method (or stack), too.",
+            autocompletion=complete_method,
+        ),
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", metavar="NAME=VALUE", help="A parameter of the method; repeatable."),
+    ] = None,
+    budget: Annotated[
+        list[float] | None,
+        typer.Option("--budget", help="Share of visual tokens that stays; repeatable. Default: the suite's."),
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option("--against", help="A second model, such as the dense one: same questions, differences."),
@@ -39,7 +60,16 @@ def evaluate(
         int | None,
         typer.Option("--shots", min=0, help="Solved examples per question. Default: the task's own."),
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences per forward pass.")] = 8,
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", min=1, help="Sequences per forward pass. Default: 8, of a suite 1."),
+    ] = None,
+    timed: Annotated[
+        int | None,
+        typer.Option(
+            "--timed", min=0, help="With --suite: questions per dataset on which speed is measured."
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1 ...")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
     seed: Annotated[
@@ -49,27 +79,53 @@ def evaluate(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write everything here as JSON.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write everything here as JSON; of a suite, append each result as a line (JSONL).",
+        ),
     ] = None,
     as_json: Json = False,
+    no_record: Annotated[
+        bool, typer.Option("--no-record", help="With --suite: do not store results in your catalogue.")
+    ] = False,
 ) -> None:
-    """Score a model on standard tasks, through lm-evaluation-harness.
+    """Score a language model on standard tasks, or a vision-language model on a suite.
 
-    Folders that zoo run --save wrote are taken as they are, without remote code. The harness comes with
-    pip install 'efficiency-zoo[eval]'.
+    Tasks are those of lm-evaluation-harness (pip install 'efficiency-zoo[eval]'). Folders that zoo run --save wrote
+    are taken as they are, without remote code.
+
+    --suite follows UniPruneBench or EffiVLM-Bench on their public datasets (pip install 'efficiency-zoo[datasets]'),
+    with a method beside the unmodified model; datasets that need a judge are left out. Results are kept as they come.
     """
-    from zoo.evaluation import check_scores_target, write_scores
+    from zoo.evaluation import BATCH, check_scores_target, write_scores
     from zoo.evaluation import evaluate as score
 
     if output is not None:
         check_scores_target(output)
+    names = [name.strip() for part in tasks or () for name in part.split(",") if name.strip()]
+    if suite is not None:
+        from zoo.cli.suites import evaluate_suite
+
+        if against is not None or shots is not None:
+            raise BadInput("--against and --shots are for tasks of the harness; a suite takes --method")
+        evaluate_suite(
+            model, suite, names, method=method, assignments=assignments or [], budgets=budget, limit=limit,
+            batch=batch or 1, timed=timed, device=device, dtype=dtype, seed=seed or 0, output=output,
+            as_json=as_json, store=not no_record,
+        )  # fmt: skip
+        return
+    if method is not None or assignments or budget or timed is not None or no_record:
+        raise BadInput("--method, --set, --budget, --timed and --no-record go with --suite")
     found = score(
         model,
-        [name.strip() for part in tasks for name in part.split(",") if name.strip()],
+        names,
         against=against,
         limit=limit,
         shots=shots,
-        batch=batch,
+        batch=batch or BATCH,
         device=device,
         dtype=dtype,
         seed=seed,
