@@ -40,7 +40,9 @@ from taxonomy.runs import (
     results,
     run_row,
 )
+from taxonomy.scores import scores_of
 from taxonomy.vocabulary import FACETS, PROPERTIES
+from taxonomy.working_out import work_out
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -312,7 +314,9 @@ def built_bytes(sources: Sources) -> bytes:
         try:
             with engine.begin() as connection:
                 schema.create_all(connection)
+                schema.create_tables(connection, schema.worked_out)
                 _fill(connection, sources)
+                work_out(connection)
                 schema.index_text(connection)
         finally:
             engine.dispose()
@@ -431,6 +435,14 @@ def _fill_runs(connection: Connection, runs: Sequence[Run]) -> None:
         )
         figures = [{**vars(figure), "run": number} for number, run in part for figure in run.measurements]
         _insert(connection, schema.measurement, figures)
+        _insert(connection, schema.score, list(_score_rows(part)))
+
+
+def _score_rows(runs: Iterable[tuple[int, Run]]) -> Iterator[dict[str, Any]]:
+    for number, run in runs:
+        figures = [(f.task, f.quantity, f.arm, f.median, f.spread, f.unit) for f in run.measurements]
+        for score in scores_of(figures).values():
+            yield {"run": number, **{name: getattr(score, name) for name in score.__slots__}}
 
 
 def _numbered(names: Iterable[Any]) -> dict[Any, int]:
@@ -670,7 +682,7 @@ def _differences(committed: sqlite3.Connection, expected: sqlite3.Connection) ->
     changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     if changed:
         yield f"the definition of {_few(changed)} changed"
-    for table in schema.metadata.sorted_tables:
+    for table in (*schema.metadata.sorted_tables, *schema.worked_out.sorted_tables):
         if table.name in changed:
             continue
         keys = [column.name for column in table.primary_key] if table.name != "method" else ["slug"]

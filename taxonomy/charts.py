@@ -1,25 +1,32 @@
-"""Charts of the site as SVG text: points in a plane, with their names.
+"""Charts of the site as SVG: points in a plane, with their names.
 
-Drawn by hand for the reasons ``taxonomy.diagrams`` is: colours come from the style sheet (so that charts follow the
-theme), points are links with tooltips, the same numbers give the same bytes whatever libraries are installed, and ten
-thousand charts take seconds.
+matplotlib draws the two axes (scale, grid, numbers, name) and says where a value lies on them. The points go on top as
+elements of their own, since they are links with tooltips. An axis depends on nothing but its name and its range, which
+ends at round numbers, so one that was drawn serves all charts with that range: ten thousand charts take seconds.
+Colours come from the style sheet (classes only), so that charts follow the theme.
 """
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from html import escape
+from typing import Literal
+from xml.etree import ElementTree
+
+from taxonomy.errors import TaxonomyError
 
 WIDTH, HEIGHT = 720, 380
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 22, 30, 48
 _LETTER = 6.6
 """Width of a letter of a label, in SVG units: an estimate that is on the large side."""
 
-
-At = Callable[[float, float], tuple[float, float]]
-"""Where a value lies in the picture."""
+_MOST_ACROSS, _MOST_UP = 8, 6
+"""Most numbers along the two axes."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +67,16 @@ def scatter(dots: Sequence[Dot], *, title: str, across: str, up: str, base: str)
         across, up: labels of the axes.
         base: tooltip of the ring.
     """
-    left, right = limits([1.0, *(dot.x for dot in dots)])
-    low, high = limits([1.0, *(dot.y for dot in dots)])
+    below, x0, dx = _axis("x", _range([dot.x for dot in dots], _MOST_ACROSS), across)
+    left, y0, dy = _axis("y", _range([dot.y for dot in dots], _MOST_UP), up)
 
     def at(x: float, y: float) -> tuple[float, float]:
-        return (
-            _LEFT + (x - left) / (right - left) * (WIDTH - _LEFT - _RIGHT),
-            HEIGHT - _BOTTOM - (y - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM),
-        )
+        return x0 + x * dx, y0 + y * dy
 
     parts = [
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
-        *_axes(at, ticks(left, right, 8), ticks(low, high, 6), across, up),
+        below,
+        left,
         _steps([at(dot.x, dot.y) for dot in dots if dot.group == "best"]),
         _ring(*at(1, 1), base),
     ]
@@ -82,18 +87,68 @@ def scatter(dots: Sequence[Dot], *, title: str, across: str, up: str, base: str)
     return "".join([*parts, "</svg>"])
 
 
-def _axes(at: At, across: Sequence[float], up: Sequence[float], below: str, above: str) -> Iterable[str]:
-    bottom = HEIGHT - _BOTTOM
-    for x in across:
-        place = at(x, 0)[0]
-        yield f'<path class="c-grid" d="M{place:.1f} {_TOP}V{bottom}"/>'
-        yield f'<text class="c-tick" x="{place:.1f}" y="{bottom + 18}" text-anchor="middle">{x:g}×</text>'
-    for y in up:
-        place = at(0, y)[1]
-        yield f'<path class="c-grid" d="M{_LEFT} {place:.1f}H{WIDTH - _RIGHT}"/>'
-        yield f'<text class="c-tick" x="{_LEFT - 8}" y="{place + 4:.1f}" text-anchor="end">{y:.4g}</text>'
-    yield f'<text class="c-name" x="{WIDTH - _RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{escape(below)}</text>'
-    yield f'<text class="c-name" x="{_LEFT}" y="16">{escape(above)}</text>'
+def _range(values: Sequence[float], most: int) -> tuple[float, ...]:
+    """Round numbers, the first not above and the last not below any of ``values`` and the unmodified model's 1."""
+    values = [1.0, *values]
+    one, other, *_ = ticks(*limits(values), most)
+    step = other - one
+    first, last = math.floor(min(values) / step + 1e-9), math.ceil(max(values) / step - 1e-9)
+    return tuple(round(number * step, 10) for number in range(first, max(last, first + 1) + 1))
+
+
+@lru_cache(maxsize=1024)
+def _axis(way: Literal["x", "y"], numbers: tuple[float, ...], name: str) -> tuple[str, float, float]:
+    """One axis with its part of the grid, as SVG elements; the place of its 0, and how far it is from there to its 1.
+
+    Raises:
+        TaxonomyError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import rc_context, rcdefaults, rcParams
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise TaxonomyError(
+            "the site's charts need matplotlib; install it with: pip install 'efficiency-zoo[site]'"
+        ) from None
+    content = io.StringIO()
+    with rc_context():  # whatever the user has configured: the same chart everywhere
+        rcdefaults()
+        rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "efficiency-zoo"})  # text stays text
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72)  # one point of SVG is one unit
+        left, bottom = _LEFT / WIDTH, _BOTTOM / HEIGHT
+        axes = figure.add_axes((left, bottom, 1 - left - _RIGHT / WIDTH, 1 - bottom - _TOP / HEIGHT))
+        for unused in (*axes.spines.values(), axes.yaxis if way == "x" else axes.xaxis):
+            unused.set_visible(False)
+        axes.tick_params(length=0, pad=10, labelsize=11.5)
+        if way == "x":
+            axes.set_xlim(numbers[0], numbers[-1])
+            axes.set_xticks(numbers, [f"{x:g}×" for x in numbers], gid="c-tick")
+            title = axes.set_xlabel(name, loc="right")
+        else:
+            axes.set_ylim(numbers[0], numbers[-1])
+            axes.set_yticks(numbers, [f"{y:.4g}" for y in numbers], gid="c-tick")
+            title = axes.set_title(name, loc="left", x=0, pad=10)
+        title.set(gid="c-name", fontsize=12, parse_math=False)
+        axes.grid(visible=True, axis=way, gid="c-grid")
+        figure.savefig(content, format="svg", metadata={"Date": None})
+        zero, one = axes.transData.transform([(0, 0), (1, 1)])[:, 0 if way == "x" else 1]
+    if way == "y":  # matplotlib counts from below, SVG from above
+        zero, one = HEIGHT - zero, HEIGHT - one
+    return "".join(_elements(content.getvalue())), float(zero), float(one - zero)
+
+
+def _elements(drawing: str) -> Iterator[str]:
+    """What is marked with a class in an SVG of matplotlib, without its ids, fonts and colours."""
+    name = "{http://www.w3.org/2000/svg}"
+    for group in ElementTree.fromstring(drawing).iter(f"{name}g"):  # noqa: S314 - we have just made it
+        kind = group.get("id", "")
+        if kind.startswith("c-"):
+            for path in group.iter(f"{name}path"):
+                yield f'<path class="{kind}" d="{" ".join(path.get("d", "").split())}"/>'
+            for text in group.iter(f"{name}text"):
+                anchor = re.search(r"text-anchor: (\w+)", text.get("style", ""))
+                place = f'x="{text.get("x")}" y="{text.get("y")}" text-anchor="{anchor[1] if anchor else "start"}"'
+                yield f'<text class="{kind}" {place}>{escape(text.text or "")}</text>'
 
 
 def _steps(places: Sequence[tuple[float, float]]) -> str:
@@ -120,7 +175,7 @@ def _dot(dot: Dot, x: float, y: float) -> str:
 
 def _labels(wanted: Sequence[tuple[str, float, float]], dots: Sequence[tuple[float, float]]) -> Iterable[str]:
     """Names beside their points, where they cover neither another name nor leave the picture; else none."""
-    taken: list[tuple[float, float, float, float]] = [(x - 4, y - 4, x + 4, y + 4) for x, y in dots]
+    taken: list[tuple[float, float, float, float]] = [(x - 6, y - 5, x + 6, y + 5) for x, y in dots]
     for name, x, y in wanted:
         width = _LETTER * len(name)
         for left, base, anchor in (

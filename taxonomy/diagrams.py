@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from functools import lru_cache
 from html import escape
 
 WIDTH = 360
@@ -120,9 +121,33 @@ def pipeline(
         shortens: false when the card says that the sequence keeps its length.
         thins_cache: true when it says that fewer key-value pairs are stored.
     """
-    drawing = _Drawing(where=list(where), target=set(target), thins_cache=thins_cache)
+    texts = [tuple(terms.items()) for terms in (where, target, operation, when)]
+    height, told, shapes = _drawn(*texts, frozenset(architecture), shortens, thins_cache)
+    return (
+        f'<svg class="diagram" viewBox="0 0 {WIDTH} {height:g}" role="img" aria-labelledby="dg-title dg-desc">'
+        f'<title id="dg-title">Where {escape(name)} acts in the model</title><desc id="dg-desc">{told}</desc>'
+        f"{shapes}</svg>"
+    )
+
+
+_Terms = tuple[tuple[str, str], ...]
+"""Ids and labels."""
+
+
+@lru_cache(maxsize=4096)
+def _drawn(
+    where: _Terms,
+    target: _Terms,
+    operation: _Terms,
+    when: _Terms,
+    architecture: frozenset[str],
+    shortens: bool,
+    thins_cache: bool,
+) -> tuple[float, str, str]:
+    """Height, description and shapes: methods that act alike share them."""
+    drawing = _Drawing(where=list(dict(where)), target=set(dict(target)), thins_cache=thins_cache)
     shape = _shape(drawing, architecture)
-    cut = _cut_depth(drawing, operation, shortens)
+    cut = _cut_depth(drawing, dict(operation), shortens)
     moves_tokens = bool(_TOKENS & drawing.target)
 
     def connect(depth: int) -> None:
@@ -159,8 +184,8 @@ def pipeline(
             _loop(drawing, start, "denoising-loop")
     drawing.y += 26
     _around(drawing)
-    _times(drawing, when)
-    return _assemble(drawing, where, target, operation, when, name)
+    _times(drawing, dict(when))
+    return drawing.y, escape(_told(where, target, operation, when)), "".join(drawing.shapes)
 
 
 def _shape(drawing: _Drawing, architecture: Collection[str]) -> str:
@@ -309,23 +334,13 @@ def _times(drawing: _Drawing, when: Collection[str]) -> None:
     drawing.y += 32
 
 
-def _assemble(
-    drawing: _Drawing,
-    where: Mapping[str, str],
-    target: Mapping[str, str],
-    operation: Mapping[str, str],
-    when: Mapping[str, str],
-    name: str,
-) -> str:
-    places = "; ".join(f"{number} {label}" for number, label in enumerate(where.values(), 1))
-    told = (
-        f"Places, numbered from input to output of the model as drawn: {places}. What is removed or saved: "
-        f"{', '.join(target.values())}. Operation: {', '.join(operation.values())}. When: {', '.join(when.values())}."
-    )
+def _told(where: _Terms, target: _Terms, operation: _Terms, when: _Terms) -> str:
+    """The drawing in words."""
+    places = "; ".join(f"{number} {label}" for number, (_, label) in enumerate(where, 1))
+    removed, done, times = (", ".join(label for _, label in terms) for terms in (target, operation, when))
     return (
-        f'<svg class="diagram" viewBox="0 0 {WIDTH} {drawing.y:g}" role="img" aria-labelledby="dg-title dg-desc">'
-        f'<title id="dg-title">Where {escape(name)} acts in the model</title><desc id="dg-desc">{escape(told)}</desc>'
-        f"{''.join(drawing.shapes)}</svg>"
+        f"Places, numbered from input to output of the model as drawn: {places}. What is removed or saved: "
+        f"{removed}. Operation: {done}. When: {times}."
     )
 
 

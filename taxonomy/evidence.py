@@ -11,40 +11,23 @@ import json
 import shlex
 import sqlite3
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from taxonomy import files, paths
 from taxonomy.errors import EmptyCatalogError, QueryError
 from taxonomy.queries import find_facet, find_term
+from taxonomy.scores import ALL_GAINS, GOALS, QUALITIES, SCORED, Goal, Score, scores_of
 
-Goal = Literal["prefill", "decode", "memory", "compute"]
+__all__ = [
+    "ALL_GAINS", "GOALS", "QUALITIES", "Front", "Pick", "Point", "Recommendation", "Score", "Trial", "counted",
+    "fronts", "goals_of", "most_measured", "pareto", "parse_share", "recommend", "reference_trials", "trials",
+]  # fmt: skip
 
-GOALS: Mapping[str, tuple[str, ...]] = {
-    "prefill": ("prefill-time", "image-time"),
-    "decode": ("decode-speed", "generation-speed"),
-    "memory": ("weight-bytes", "kv-bytes"),
-    "compute": ("flops",),
-}
-"""What may be wanted, and the quantities that show it, best first. FLOPs are counted; all others are realised."""
-
-ALL_GAINS = tuple(quantity for group in GOALS.values() for quantity in group)
-
-QUALITIES = (
-    "accuracy", "retained-score", "loyalty", "retrieval", "perplexity", "agreement", "cosine-cls",
-    "cosine-mean", "cosine-text", "identical-tokens", "first-token-agreement",
-)  # fmt: skip
-"""Quantities that say how much of the model is left, the most telling first."""
-
-_AGAINST_DENSE = frozenset(QUALITIES) - {"accuracy", "loyalty", "retrieval", "perplexity"}
-"""Measured against the unmodified model's output: the method's own figure is the share that is kept."""
-
-_LOWER_IS_BETTER = frozenset(
-    {"perplexity", "prefill-time", "image-time", "weight-bytes", "kv-bytes", "flops"}
-)
 FAMILY_GOALS: Mapping[str, Goal] = {"decoding": "decode", "kv-cache": "memory"}
 
 _BUDGETS = ("sparsity", "keep_ratio")
@@ -59,48 +42,7 @@ _SPEAK_FOR = {
 """Properties on cards that speak for a goal, where nothing was measured."""
 
 
-@dataclass(frozen=True)
-class Score:
-    """One quantity of a run as a ratio to the unmodified model.
-
-    Attributes:
-        quantity: id of the quantity.
-        tasks: data or protocol it was measured on; several are averaged.
-        parts: the value on each task.
-        value: gain (more is better), or share of the quality kept.
-        noise: relative uncertainty of ``value``: the spreads of both arms, each over its median, added.
-        bound: the largest gain that the saved work allows, where the run states it.
-        dense, method: the figures themselves, of the first task.
-        unit: their unit.
-    """
-
-    quantity: str
-    tasks: tuple[str, ...]
-    parts: tuple[float, ...]
-    value: float
-    noise: float
-    bound: float | None
-    dense: float | None
-    method: float | None
-    unit: str
-
-    @property
-    def credited(self) -> float:
-        """``value``, but never more than its bound: what lies above it is an error of the measurement."""
-        return self.value if self.bound is None else min(self.value, self.bound)
-
-    @property
-    def real(self) -> bool:
-        """Whether it is a gain at all, beyond the noise."""
-        return self.credited > 1 + self.noise
-
-    @property
-    def suspect(self) -> bool:
-        """Whether it lies above its bound by more than the noise (and 2%)."""
-        return self.bound is not None and self.value * (1 - self.noise) > 1.02 * self.bound
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Trial:
     """A finished run with its scores by quantity.
 
@@ -212,47 +154,74 @@ def trials(
     Raises:
         CatalogError: a catalogue cannot be read.
     """
-    query, values = _question(model, methods, hardware, gains)
-    defaults = _defaults(_rows(str(paths.catalog_file()), _DEFAULTS, {}))
-    found: dict[str, Trial] = {}
-    for place, origin in _places():
-        found |= _assembled(_rows(place, query, values), origin, defaults)
+    shipped, wanted = str(paths.catalog_file()), {*gains, *QUALITIES}
+    bounds = {f"{quantity}-bound" for quantity in wanted}
+    chosen = _chosen(model, methods, hardware)
+    own = _answers(paths.user_catalog(), _questions("measurement", wanted | bounds, chosen))
+    *stored, given = _answers(shipped, [*_questions("score", wanted, chosen), (_DEFAULTS, {})])
+    defaults = _defaults(given)
+    found = _assembled(own, "own", scores_of, defaults)
+    found |= _assembled(stored, "reference", _stored, defaults)  # where both hold a run it is a reference run
     return _newest(found.values())
 
 
 def reference_trials(db: sqlite3.Connection) -> list[Trial]:
     """The same for all reference measurements of a built catalogue."""
-    query, values = _question(None, None, None, ALL_GAINS)
-    return _newest(
-        _assembled(db.execute(query, values), "reference", _defaults(db.execute(_DEFAULTS))).values()
-    )
+    asked = _questions("score", SCORED, _chosen())
+    answers = [db.execute(query, values).fetchall() for query, values in asked]
+    return _newest(_assembled(answers, "reference", _stored, _defaults(db.execute(_DEFAULTS))).values())
 
 
-def _question(
-    model: str | None, methods: Iterable[str] | None, hardware: str | None, gains: Iterable[str]
-) -> tuple[str, dict[str, Any]]:
-    """The query for all figures that scores are made of, with its bound values."""
-    wanted = {*gains, *QUALITIES}
-    asked = sorted(wanted | {f"{quantity}-bound" for quantity in wanted})
-    values: dict[str, Any] = {f"q{index}": quantity for index, quantity in enumerate(asked)}
-    conditions = ["r.status = 'done'", f"x.quantity IN ({_names('q', len(asked))})"]
+Question = tuple[str, Mapping[str, Any]]
+"""A query with its bound values."""
+
+Conditions = tuple[list[str], dict[str, Any]]
+"""SQL conditions on runs, models and environments, and the values bound in them."""
+
+
+def _chosen(
+    model: str | None = None, methods: Iterable[str] | None = None, hardware: str | None = None
+) -> Conditions:
+    """What ``trials`` is asked to look at."""
+    texts = ["r.status = 'done'"]
+    values: dict[str, Any] = {}
     if model is not None:
-        conditions.append("o.ref = :model")
+        texts.append("o.ref = :model")
         values["model"] = model
     if hardware is not None:
-        conditions.append("lower(e.hardware) LIKE :hardware ESCAPE '!'")
+        texts.append("lower(e.hardware) LIKE :hardware ESCAPE '!'")
         values["hardware"] = f"%{_literal(hardware.lower())}%"
     if methods is not None:
-        chosen = sorted(set(methods))
-        conditions.append(f"r.id IN (SELECT run FROM run_method WHERE slug IN ({_names('m', len(chosen))}))")
-        values |= {f"m{index}": slug for index, slug in enumerate(chosen)}
-    query = (
-        "SELECT r.key, r.method, o.ref, e.hardware, e.digest, r.device, r.dtype, r.protocol, r.started, r.config,"
-        " r.parameters, x.task, x.quantity, x.arm, x.median, x.spread, x.unit"
-        " FROM run r JOIN measurement x ON x.run = r.id JOIN model o ON o.id = r.model"
-        f" JOIN environment e ON e.id = r.environment WHERE {' AND '.join(conditions)}"
+        slugs = sorted(set(methods))
+        # The plus keeps SQLite from starting at the runs of the methods, where those of one model are fewer.
+        run = "r.id" if model is None else "+r.id"
+        texts.append(f"{run} IN (SELECT run FROM run_method WHERE slug IN ({_names('m', len(slugs))}))")
+        values |= {f"m{index}": slug for index, slug in enumerate(slugs)}
+    return texts, values
+
+
+_FACTS = (
+    "SELECT r.id, r.key, r.method, o.ref, e.hardware, e.digest, r.device, r.dtype, r.protocol, r.started, r.config,"
+    " r.parameters"
+)
+_FIGURES = {
+    "measurement": "SELECT x.run, x.task, x.quantity, x.arm, x.median, x.spread, x.unit FROM measurement x",
+    "score": "SELECT x.run, x.quantity, x.tasks, x.parts, x.value, x.noise, x.bound, x.dense, x.method, x.unit"
+    " FROM score x",
+}
+"""What is read of each table that scores can come from. Only the built catalogue has the second one."""
+
+
+def _questions(table: str, quantities: Iterable[str], chosen: Conditions) -> list[Question]:
+    """For the facts of runs, and for their figures in ``table``."""
+    texts, values = chosen
+    runs = "FROM run r JOIN model o ON o.id = r.model JOIN environment e ON e.id = r.environment"
+    runs = f"{runs} WHERE {' AND '.join(texts)}"
+    asked = {f"q{index}": quantity for index, quantity in enumerate(sorted(quantities))}
+    figures = (
+        f"{_FIGURES[table]} WHERE x.quantity IN ({_names('q', len(asked))}) AND x.run IN (SELECT r.id {runs})"
     )
-    return query, values
+    return [(f"{_FACTS} {runs}", values), (figures, {**values, **asked})]
 
 
 def _newest(found: Iterable[Trial]) -> list[Trial]:
@@ -273,26 +242,26 @@ def _literal(text: str) -> str:
     return text.replace("!", "!!").replace("%", "!%").replace("_", "!_")
 
 
-def _places() -> list[tuple[str, str]]:
-    """Catalogues to read with their origin; a later one wins where both hold a run."""
-    return [(paths.user_catalog(), "own"), (str(paths.catalog_file()), "reference")]
-
-
-def _rows(place: str, query: str, values: Mapping[str, Any]) -> list[Sequence[Any]]:
-    """Answer of the catalogue at ``place``; nothing when it does not exist yet."""
+def _answers(place: str, questions: Sequence[Question]) -> list[list[Sequence[Any]]]:
+    """Answers of the catalogue at ``place``; nothing to each question when it does not exist yet."""
     if "://" in place:
         import sqlalchemy as sa
 
         from taxonomy.runs import reading
 
         with suppress(EmptyCatalogError), reading(place) as connection:
-            return [tuple(row) for row in connection.execute(sa.text(query), dict(values))]
-        return []
-    if not Path(place).is_file():
-        return []
-    with suppress(EmptyCatalogError), files.plain_errors(place), closing(files.connect(Path(place))) as db:
-        return db.execute(query, dict(values)).fetchall()
-    return []
+            return [
+                [tuple(row) for row in connection.execute(sa.text(query), dict(values))]
+                for query, values in questions
+            ]
+    elif Path(place).is_file():
+        with (
+            suppress(EmptyCatalogError),
+            files.plain_errors(place),
+            closing(files.connect(Path(place))) as db,
+        ):
+            return [db.execute(query, dict(values)).fetchall() for query, values in questions]
+    return [[] for _ in questions]
 
 
 _DEFAULTS = 'SELECT method, name, "default" FROM parameter WHERE NOT required'
@@ -307,21 +276,34 @@ def _defaults(rows: Iterable[Sequence[Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _assembled(
-    rows: Iterable[Sequence[Any]], origin: str, defaults: Mapping[str, Mapping[str, Any]]
+    answers: Sequence[Sequence[Sequence[Any]]],
+    origin: str,
+    scores: Callable[[Sequence[Sequence[Any]]], Mapping[str, Score]],
+    defaults: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Trial]:
-    """Trials by key, from rows in any order."""
-    facts: dict[str, Sequence[Any]] = {}
-    figures: dict[str, list[Sequence[Any]]] = defaultdict(list)
+    """Trials by key, from the facts of runs and their figures, of which ``scores`` makes the scores of one run."""
+    facts, rows = answers
+    figures: dict[int, list[Sequence[Any]]] = defaultdict(list)
     for row in rows:
-        facts.setdefault(row[0], row)
-        figures[row[0]].append(row[11:])
+        figures[row[0]].append(row[1:])
     found = {}
-    for key, row in facts.items():
-        method, parameters = row[1], row[10]
-        given = json.loads(parameters) if isinstance(parameters, str) else parameters
-        changed = _changed(method, given, defaults)
-        found[key] = Trial(*(key, origin, method, *row[2:10], changed, _scores(figures[key])))
+    for number, key, method, *rest, parameters in facts:
+        scored = scores(figures[number]) if number in figures else None
+        if scored:
+            given = json.loads(parameters) if isinstance(parameters, str) else parameters
+            settings = _changed(method, given, defaults)
+            found[key] = Trial(*(key, origin, method, *rest, settings, scored))
     return found
+
+
+def _stored(rows: Iterable[Sequence[Any]]) -> dict[str, Score]:
+    return {row[0]: Score(row[0], _list(row[1]), _list(row[2]), *row[3:]) for row in rows}
+
+
+@lru_cache(maxsize=4096)
+def _list(text: str) -> tuple[Any, ...]:
+    """A stored list; most runs have the same tasks."""
+    return tuple(json.loads(text))
 
 
 def _changed(
@@ -341,49 +323,6 @@ def _changed(
         for name, value in given.items()
         if name in _BUDGETS or (usual.get(name) != value and (value or usual.get(name)))
     }
-
-
-def _scores(figures: Iterable[Sequence[Any]]) -> dict[str, Score]:
-    """Scores by quantity from rows ``(task, quantity, arm, median, spread, unit)``."""
-    arms: dict[str, dict[str, dict[str, Sequence[Any]]]] = defaultdict(lambda: defaultdict(dict))
-    for row in figures:
-        arms[row[1]][row[0]][row[2]] = row
-    scores = {}
-    for quantity, tasks in arms.items():
-        values = {task: _value(quantity, found) for task, found in sorted(tasks.items())}
-        known = {task: value for task, value in values.items() if value is not None}
-        if quantity.endswith("-bound") or not known:
-            continue
-        bounds = [
-            found["ratio"][3] for found in arms.get(f"{quantity}-bound", {}).values() if "ratio" in found
-        ]
-        first = tasks[next(iter(known))]
-        scores[quantity] = Score(
-            quantity=quantity,
-            tasks=tuple(known),
-            parts=tuple(known.values()),
-            value=sum(known.values()) / len(known),
-            noise=max(sum((row[4] or 0.0) / row[3] for arm, row in tasks[task].items() if row[3]) for task in known),
-            bound=sum(bounds) / len(bounds) if bounds else None,
-            dense=first["dense"][3] if "dense" in first else None,
-            method=first["method"][3] if "method" in first else None,
-            unit=next((first[arm][5] for arm in ("method", "dense") if arm in first), "1"),
-        )  # fmt: skip
-    return scores
-
-
-def _value(quantity: str, arms: Mapping[str, Sequence[Any]]) -> float | None:
-    """The oriented ratio of one quantity on one task, or ``None`` when it cannot be formed."""
-    if "ratio" in arms:
-        return float(arms["ratio"][3])
-    if quantity in _AGAINST_DENSE and "method" in arms:
-        return float(arms["method"][3])
-    if "dense" not in arms or "method" not in arms:
-        return None
-    upper, lower = (
-        ("dense", "method") if quantity in _LOWER_IS_BETTER else ("method", "dense")
-    )  # which arm stands above the fraction line
-    return float(arms[upper][3] / arms[lower][3]) if arms[lower][3] > 0 else None
 
 
 # --- fronts ---------------------------------------------------------------------------------------------------
@@ -445,8 +384,10 @@ def most_measured(methods: Sequence[str] | None = None) -> str | None:
         f" WHERE r.status = 'done'{condition} GROUP BY o.ref"
     )
     counts: Counter[str] = Counter()
-    for place, _ in _places():
-        counts.update(dict(tuple(row) for row in _rows(place, query, values)))
+    for place in (paths.user_catalog(), str(paths.catalog_file())):
+        (rows,) = _answers(place, [(query, values)])
+        for ref, runs in rows:
+            counts[ref] += runs
     return min(counts, key=lambda ref: (-counts[ref], ref)) if counts else None
 
 
@@ -525,8 +466,12 @@ def recommend(
     else:
         start = f"Nothing was measured on {model}"
     others, what = _like(model)
-    like = [trial for other in others for trial in trials(model=other, gains=gains)]
-    picks = _best_of(like, gains, max_loss, model, most)
+    like: list[Trial] = []
+    for other in others:
+        like += trials(model=other, gains=gains)
+        picks = _best_of(like, gains, max_loss, model, most)
+        if len(picks) >= most:
+            break
     if picks:
         reason = (
             f"{start}. These were measured on {what}; on {model} they may do otherwise, so measure first."
@@ -583,19 +528,25 @@ def _credited(score: Score) -> float:
 
 
 MOST_LIKE = 3
-"""Other models that are looked at, those measured most."""
+"""Other models that are looked at while there are too few picks, those measured most first."""
 
 
 def _like(model: str) -> tuple[list[str], str]:
     """Measured models that are like ``model``, and in words what they have in common with it."""
-    query = (
-        "SELECT o.ref, o.facts, (SELECT count(*) FROM run WHERE run.model = o.id AND run.status = 'done') AS done"
-        " FROM model o"
+    own_runs = (
+        "SELECT o.ref, o.facts, count(r.id) FROM model o LEFT JOIN run r ON r.model = o.id AND r.status = 'done'"
+        " GROUP BY o.id"
     )
     known: dict[str, str] = {}
     runs: Counter[str] = Counter()
-    for place, _ in _places():
-        for ref, facts, done in _rows(place, query, {}):
+    for place, query in (
+        (paths.user_catalog(), own_runs),
+        (
+            str(paths.catalog_file()),
+            "SELECT o.ref, o.facts, u.runs FROM model o JOIN model_use u ON u.model = o.id",
+        ),
+    ):
+        for ref, facts, done in _answers(place, [(query, {})])[0]:
             known[ref] = str((json.loads(facts) if isinstance(facts, str) else facts).get("architecture", ""))
             runs[ref] += done
     own = known.pop(model, None) or _architecture(model, set(known.values()))

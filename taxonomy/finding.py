@@ -11,7 +11,7 @@ import random
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,15 +57,22 @@ class _Test(_Strict):
     highest: float = 1.0
     models: tuple[str, ...] = ()
 
+    @property
+    def methods(self) -> Container[str] | None:
+        """The methods it asks about; ``None`` = all."""
+        return None
+
     def chosen(self, trials: Sequence[Trial]) -> list[tuple[Trial, Budget, Score]]:
-        """Runs with the quality and a budget within the bounds."""
+        """Runs of its methods with the quality and a budget within the bounds."""
+        methods = self.methods
         return [
             (trial, budget, trial.scores[self.quality])
             for trial in trials
             if self.quality in trial.scores
+            and (methods is None or trial.method in methods)
+            and (not self.models or trial.model in self.models)
             and (budget := _budget(trial)) is not None
             and self.lowest <= budget[1] <= self.highest
-            and (not self.models or trial.model in self.models)
         ]
 
 
@@ -78,6 +85,11 @@ class Beats(_Test):
     label: str = "quality kept, over that of the others (mean of the pairs)"
     threshold: float = 1.0
     above: bool = True
+
+    @property
+    def methods(self) -> Container[str]:
+        """Those on either side."""
+        return frozenset((*self.better, *self.than))
 
     def cells(self, trials: Sequence[Trial]) -> list[float]:
         """One ratio per pair on the same model, hardware and budget."""
@@ -269,7 +281,7 @@ def judge(finding: Finding, trials: Sequence[Trial]) -> Outcome:
     """Ask ``trials`` the question of ``finding``."""
     test = finding.test
     cells: Sequence[Any] = test.cells(trials)
-    used = tuple(trial for trial, _, _ in test.chosen(trials) if _takes_part(test, trial))
+    used = tuple(trial for trial, _, _ in test.chosen(trials))
     if len(cells) < FEWEST:
         return Outcome(finding, "not measured yet", len(cells), None, None, None, used)
     figure: Callable[[Sequence[Any]], float] = test.figure
@@ -288,10 +300,6 @@ def interval(
     draw = partial(random.Random(seed).choices, cells, k=len(cells))  # noqa: S311 - resampling, not a secret
     figures = sorted(figure(draw()) for _ in range(RESAMPLES))
     return figures[round(0.025 * (RESAMPLES - 1))], figures[round(0.975 * (RESAMPLES - 1))]
-
-
-def _takes_part(test: _Test, trial: Trial) -> bool:
-    return trial.method in (*test.better, *test.than) if isinstance(test, Beats) else True
 
 
 def _budget(trial: Trial) -> Budget | None:

@@ -11,10 +11,9 @@ import json
 import re
 import sqlite3
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ Years = tuple[int | None, int | None]
 # --- results --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MethodRow:
     """A method in a list. ``facets`` holds term ids by facet, ``properties`` yes or no by property."""
 
@@ -367,9 +366,11 @@ def resolve(db: sqlite3.Connection, name: str) -> str:
     wanted = name.strip()
     slug = re.sub(r"[\s_]+", "-", wanted.lower())
     row = db.execute(
-        "SELECT slug FROM method WHERE slug IN (?, ?) OR lower(name) = ? ORDER BY slug = ? DESC, slug LIMIT 1",
-        (wanted, slug, wanted.lower(), slug),
+        "SELECT slug FROM method WHERE slug IN (?, ?) ORDER BY slug = ? DESC LIMIT 1", (wanted, slug, slug)
     ).fetchone()
+    if row is None:  # names have no index
+        query = "SELECT slug FROM method WHERE lower(name) = ? ORDER BY slug LIMIT 1"
+        row = db.execute(query, (wanted.lower(),)).fetchone()
     if row is None:
         near = suggestions(db, wanted)
         hint = f"did you mean {_or(near)}?" if near else "zoo list shows them all, zoo search finds words"
@@ -491,7 +492,7 @@ def find(
         )
     for prop, value in (properties or {}).items():
         wanted.add(
-            "m.slug IN (SELECT method FROM method_property WHERE property = ? AND value = ?)",
+            "EXISTS (SELECT 1 FROM method_property p WHERE p.method = m.slug AND p.property = ? AND p.value = ?)",
             _property(prop),
             int(value),
         )
@@ -550,12 +551,18 @@ def _methods(db: sqlite3.Connection, tail: str, values: Sequence[Any]) -> list[M
 class _Parsed(Mapping[str, Any]):
     """A JSON object that is parsed when somebody looks into it: most rows of a long list are only counted or named."""
 
+    __slots__ = ("_parsed", "_text")
+
     def __init__(self, text: str) -> None:
         self._text = text
 
-    @cached_property
+    @property
     def _values(self) -> dict[str, Any]:
-        return self._in_order(json.loads(self._text))
+        try:
+            return self._parsed
+        except AttributeError:
+            self._parsed: dict[str, Any] = self._in_order(json.loads(self._text))
+            return self._parsed
 
     @staticmethod
     @abstractmethod
@@ -578,6 +585,8 @@ class _Parsed(Mapping[str, Any]):
 class _Facets(_Parsed):
     """Terms by facet, in the order of the vocabulary."""
 
+    __slots__ = ()
+
     @staticmethod
     def _in_order(values: dict[str, Any]) -> dict[str, Any]:
         return {name: tuple(values[name]) for name in FACETS if name in values}
@@ -585,6 +594,8 @@ class _Facets(_Parsed):
 
 class _Properties(_Parsed):
     """Yes or no by property, in the order of the vocabulary."""
+
+    __slots__ = ()
 
     @staticmethod
     def _in_order(values: dict[str, Any]) -> dict[str, Any]:
@@ -698,26 +709,14 @@ def measurements(
 
 
 def similar(db: sqlite3.Connection, slug: str, most: int = 5) -> list[Similar]:
-    """Methods with the most alike facets: weighted Jaccard index over terms, ties by slug.
-
-    The weight of a term is that of its facet (column ``facet.weight``): shared over all terms of either.
-    """
+    """Methods with the most alike facets (the weighted Jaccard index over terms, ties by slug); 5 are known."""
     query = """
-        SELECT b.method AS slug, sum(f.weight) AS shared
-        FROM method_term a
-        JOIN facet f ON f.id = a.facet
-        JOIN method_term b ON b.facet = a.facet AND b.term = a.term
-        WHERE a.method = :slug AND b.method <> :slug
-        GROUP BY b.method
-    """
-    ranked = f"""
-        SELECT m.slug, m.name, m.implemented, s.shared / (m.term_weight + o.term_weight - s.shared) AS score
-        FROM ({query}) s JOIN method m ON m.slug = s.slug JOIN method o ON o.slug = :slug
-        ORDER BY score DESC, m.slug LIMIT :most
+        SELECT m.slug, m.name, s.score, m.implemented FROM similar s JOIN method m ON m.slug = s.other
+        WHERE s.method = ? ORDER BY s.position LIMIT ?
     """
     return [
         Similar(other, name, round(score, 4), bool(implemented))
-        for other, name, implemented, score in db.execute(ranked, {"slug": slug, "most": most})
+        for other, name, score, implemented in db.execute(query, (slug, most))
     ]
 
 
@@ -878,11 +877,7 @@ def paper_bibtex(paper: PaperRow) -> str:
 def topics(db: sqlite3.Connection) -> list[TopicGap]:
     """All topics of the bibliography, with how many of their papers have a card, and how many methods run."""
     query = """
-        SELECT o.name, count(DISTINCT t.paper), count(DISTINCT l.method),
-               count(DISTINCT CASE WHEN m.implemented THEN m.slug END)
-        FROM topic o JOIN paper_topic t ON t.topic = o.id
-        LEFT JOIN method_paper l ON l.paper = t.paper LEFT JOIN method m ON m.slug = l.method
-        GROUP BY o.id ORDER BY o.id
+        SELECT o.name, u.papers, u.cards, u.implemented FROM topic o JOIN topic_use u ON u.topic = o.id ORDER BY o.id
     """
     return [TopicGap(*row) for row in db.execute(query)]
 
@@ -911,21 +906,20 @@ def tree(db: sqlite3.Connection, view: str = "core", facet: str | None = None) -
         QueryError: unknown view or facet.
     """
     chosen = [find_facet(facet)] if facet else [f for f in FACETS.values() if f.view == find_view(view)]
-    used = {facet.id: _holders(db, facet) for facet in chosen}
-    implemented = _implemented(db)
+    query = f"SELECT facet, term, cards, implemented, methods FROM term_use WHERE facet IN ({_marks(chosen)})"
+    used = {row[:2]: row[2:] for row in db.execute(query, [facet.id for facet in chosen])}
 
     def node(facet: Facet, term_id: str) -> Node:
         term = facet[term_id]
-        below = [node(facet, child.id) for child in facet.terms if child.parent == term_id]
-        holders = used[facet.id].get(term_id, frozenset()).union(*(child.methods for child in below))
+        count, implemented, methods = used[facet.id, term_id]
         return Node(
             id=term.id,
             label=term.label,
             definition=term.definition,
-            count=len(holders),
-            implemented=len(holders & implemented),
-            methods=tuple(sorted(holders)),
-            children=tuple(below),
+            count=count,
+            implemented=implemented,
+            methods=tuple(methods.split()),
+            children=tuple(node(facet, child.id) for child in facet.terms if child.parent == term_id),
         )
 
     return [
@@ -940,16 +934,6 @@ def tree(db: sqlite3.Connection, view: str = "core", facet: str | None = None) -
     ]
 
 
-def _holders(db: sqlite3.Connection, facet: Facet) -> dict[str, frozenset[str]]:
-    """Slugs of all cards with each term."""
-    query = "SELECT term, group_concat(method) FROM method_term WHERE facet = ? GROUP BY term"
-    return {term: frozenset(slugs.split(",")) for term, slugs in db.execute(query, (facet.id,))}
-
-
-def _implemented(db: sqlite3.Connection) -> set[str]:
-    return {slug for (slug,) in db.execute("SELECT slug FROM method WHERE implemented")}
-
-
 def matrix(db: sqlite3.Connection, rows: str = "where", columns: str = "signal") -> Matrix:
     """Cross two facets over methods and baselines; every pair of terms that are used at all has a cell.
 
@@ -959,26 +943,25 @@ def matrix(db: sqlite3.Connection, rows: str = "where", columns: str = "signal")
     across, down = find_facet(columns), find_facet(rows)
     if across.id == down.id:
         raise QueryError(f"a matrix needs two different facets, not '{rows}' twice")
-    acting = f"(SELECT slug FROM method WHERE kind IN ({_marks(ACTING)}))"
-    single = f"SELECT term, count(*) FROM method_term WHERE facet = ? AND method IN {acting} GROUP BY term"
-    in_row, in_column = (dict(db.execute(single, (facet.id, *ACTING))) for facet in (down, across))
-    (total,) = db.execute(f"SELECT count(*) FROM {acting}", ACTING).fetchone()
-    pairs = f"""SELECT a.term, b.term, group_concat(a.method), sum(m.implemented)
-        FROM method_term a JOIN method_term b ON b.method = a.method AND b.facet = ? JOIN method m ON m.slug = a.method
-        WHERE a.facet = ? AND a.method IN {acting} GROUP BY a.term, b.term"""
-    found = {
-        (row, column): (tuple(sorted(slugs.split(","))), runs)
-        for row, column, slugs, runs in db.execute(pairs, (across.id, down.id, *ACTING))
-    }
-    row_terms = [term.id for term in down.terms if term.id in in_row]
-    column_terms = [term.id for term in across.terms if term.id in in_column]
+    acting = dict(
+        db.execute(f"SELECT slug, implemented FROM method WHERE kind IN ({_marks(ACTING)})", ACTING)
+    )
+    in_row, in_column = (_acting(db, facet, acting.keys()) for facet in (down, across))
     cells = []
-    for row in row_terms:
-        for column in column_terms:
-            slugs, runs = found.get((row, column), ((), 0))
-            expected = round(in_row[row] * in_column[column] / total, 3)
+    for row, its in in_row.items():
+        for column, others in in_column.items():
+            slugs = tuple(sorted(its & others))
+            runs = sum(acting[slug] for slug in slugs)
+            expected = round(len(its) * len(others) / len(acting), 3)
             cells.append(Cell(row, column, len(slugs), runs, expected, slugs))
-    return Matrix(down.id, across.id, tuple(row_terms), tuple(column_terms), tuple(cells))
+    return Matrix(down.id, across.id, tuple(in_row), tuple(in_column), tuple(cells))
+
+
+def _acting(db: sqlite3.Connection, facet: Facet, acting: Set[str]) -> dict[str, Set[str]]:
+    """Of each term in use, in the order of the vocabulary: those of ``acting`` whose card names it."""
+    query = "SELECT term, group_concat(method) FROM method_term WHERE facet = ? GROUP BY term"
+    named = {term: acting & slugs.split(",") for term, slugs in db.execute(query, (facet.id,))}
+    return {term.id: named[term.id] for term in facet.terms if named.get(term.id)}
 
 
 def gaps(db: sqlite3.Connection, rows: str = "where", columns: str = "signal") -> Gaps:

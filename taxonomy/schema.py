@@ -7,7 +7,10 @@ methods by slug without a foreign key, so rebuilding or upgrading the built half
 Natural keys (slugs, facet and term ids, digests) link the tables, so ``zoo catalog sql`` reads without look-ups;
 integers serve only where full-text search needs a row id or where a million rows must stay small.
 
-Changing a table means a new revision in ``taxonomy/migrations/versions`` and a new ``REVISION`` in
+The built catalogue has a few tables more (``worked_out``): answers that take long at ten thousand methods, filled by
+``taxonomy.working_out``. A user's catalogue has none of them, so nothing in it can be out of step with its runs.
+
+Changing a table of ``metadata`` means a new revision in ``taxonomy/migrations/versions`` and a new ``REVISION`` in
 ``taxonomy.files``; views hold no data and are simply made anew.
 """
 
@@ -36,15 +39,15 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 from taxonomy.files import REVISION
 from taxonomy.vocabulary import FACETS, PROPERTIES
 
-metadata = MetaData(
-    naming_convention={
-        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-        "ck": "ck_%(table_name)s_%(constraint_name)s",
-        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
-        "pk": "pk_%(table_name)s",
-    }
-)
+_NAMING = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+    "pk": "pk_%(table_name)s",
+}
+metadata = MetaData(naming_convention=_NAMING)
+worked_out = MetaData(naming_convention=_NAMING)
 
 
 def _slug() -> Column[str]:
@@ -367,6 +370,66 @@ measurement = Table(
 )
 Index(None, measurement.c.quantity, measurement.c.task, measurement.c.run)
 
+# --- worked out by the build, in the built catalogue only ------------------------------------------------------
+
+similar = Table(
+    "similar",
+    worked_out,
+    Column("method", String, primary_key=True),
+    Column("position", Integer, primary_key=True, comment="0 = the nearest"),
+    Column("other", String, nullable=False),
+    Column("score", Float, nullable=False, comment="weighted share of the terms of both, in (0, 1]"),
+    comment="The methods that are most like each other.",
+    sqlite_with_rowid=False,
+)
+
+term_use = Table(
+    "term_use",
+    worked_out,
+    Column("facet", String, primary_key=True),
+    Column("term", String, primary_key=True),
+    Column("cards", Integer, nullable=False),
+    Column("implemented", Integer, nullable=False),
+    Column("methods", Text, nullable=False, comment="slugs in order, separated by spaces"),
+    comment="Who has each term, or one below it.",
+    sqlite_with_rowid=False,
+)
+
+topic_use = Table(
+    "topic_use",
+    worked_out,
+    Column("topic", Integer, primary_key=True),
+    Column("papers", Integer, nullable=False),
+    Column("cards", Integer, nullable=False),
+    Column("implemented", Integer, nullable=False),
+    comment="Papers of each topic, and the cards that belong to them.",
+)
+
+model_use = Table(
+    "model_use",
+    worked_out,
+    Column("model", Integer, primary_key=True),
+    Column("runs", Integer, nullable=False),
+    comment="Finished runs of each model.",
+)
+
+score = Table(
+    "score",
+    worked_out,
+    Column("run", Integer, primary_key=True),
+    Column("quantity", String, primary_key=True),
+    Column("tasks", JSON, nullable=False),
+    Column("parts", JSON, nullable=False, comment="the value on each task"),
+    Column("value", Float, nullable=False, comment="gain (more is better), or share of the quality kept"),
+    Column("noise", Float, nullable=False),
+    Column("bound", Float, comment="largest gain that the saved work allows"),
+    Column("dense", Float),
+    Column("method", Float),
+    Column("unit", String, nullable=False),
+    comment="What the measurements of a run say against the unmodified model (taxonomy.scores).",
+    sqlite_with_rowid=False,
+)
+
 
 # --- views and full-text search -------------------------------------------------------------------------------
 
@@ -463,14 +526,19 @@ def index_text(connection: Connection) -> None:
 
 def create_all(connection: Connection) -> None:
     """Make an empty catalogue at ``REVISION``. The same as running all migrations, without importing Alembic."""
-    # Not metadata.create_all: its order of tables and indexes changes from process to process, and so would the bytes.
-    for table in metadata.tables.values():
-        connection.execute(CreateTable(table))
-        for index in sorted(table.indexes, key=lambda index: str(index.name)):
-            connection.execute(CreateIndex(index))
+    create_tables(connection, metadata)
     connection.exec_driver_sql(
         "CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL,"
         " CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num))"
     )
     connection.execute(text("INSERT INTO alembic_version VALUES (:revision)"), {"revision": REVISION})
     create_views(connection)
+
+
+def create_tables(connection: Connection, which: MetaData) -> None:
+    """Make the tables of ``which`` with their indexes, always in the same order."""
+    # Not which.create_all: its order changes from process to process, and so would the bytes of the file.
+    for table in which.tables.values():
+        connection.execute(CreateTable(table))
+        for index in sorted(table.indexes, key=lambda index: str(index.name)):
+            connection.execute(CreateIndex(index))

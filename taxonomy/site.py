@@ -13,17 +13,17 @@ import json
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from taxonomy import diagrams, finding, gallery, paths
 from taxonomy.queries import ACTING
-from taxonomy.site_data import Claim, Entry, Facet, Library, Paper, Term, load
+from taxonomy.site_data import Claim, Entry, Facet, Library, Paper, Quantity, Term, load
 from taxonomy.site_output import Published, SiteError, publish
 from taxonomy.site_results import MOST_ROWS, Results, comparison_data
 
@@ -48,9 +48,6 @@ FILTERS = ("family", "target", "where", "signal", "training", "when")
 
 MOST_LISTED = 200
 """Longest list of methods below one term; the table of methods has no limit."""
-
-MOST_RUNS = 3
-"""Runs whose figures stand in full on the page of a method."""
 
 FIRST_YEAR_ALONE = 2015
 """Papers before this year share a page."""
@@ -290,16 +287,19 @@ class _Site:
             "kinds": _kinds(library.entries),
             "basis_labels": {key: label for key, (label, _) in BASES.items()},
             "term_links": self.term_links,
+            "once": self.once,
+            "quantity_rows": quantity_rows,
             "strip": lambda entry: diagrams.strip(entry.ids("where"), entry.ids("target")),
             "strip_cells": diagrams.STRIP,
             "tokens": _tokens,
             "shade": _shade,
             "most_listed": MOST_LISTED,
-            "most_runs": MOST_RUNS,
             "counted": counted,
             "source_label": lambda name: "Papers of our own cards" if name == CARD_SOURCE else name,
         }
         self._templates: dict[str, Callable[..., str]] = {}
+        self._rendered: dict[tuple[Any, ...], Markup] = {}
+        self.environment.globals["parts"] = self.environment.get_template("parts.html").module
 
     def page(self, file: str, template: str, title: str, **values: Any) -> tuple[str, bytes]:
         """Render one page; ``root`` is the way back to the top, so that the site works in any folder."""
@@ -360,6 +360,13 @@ class _Site:
                 f"data/methods/{entry.slug}.js",
                 comparison_data(self.library, entry, self.results.points(entry)),
             )
+
+    def once(self, macro: Callable[..., Markup], *values: Any) -> Markup:
+        """What ``macro`` makes of ``values`` (texts, parts of the library, lists of them), rendered once."""
+        key = (macro, *map(_identity, values))
+        if key not in self._rendered:
+            self._rendered[key] = macro(*values)
+        return self._rendered[key]
 
     def term_links(self, terms: Iterable[Term], root: str) -> Markup:
         """Links to the glossary, separated by commas, each with the definition as its tooltip."""
@@ -496,6 +503,24 @@ def figure(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def quantity_rows(quantities: Iterable[Quantity]) -> Markup:
+    """Rows of the table of a run. Put together here because a large site has a million of their cells."""
+    rows = []
+    for q in quantities:
+        values = "".join(
+            [f'<td class="value">{figure(value)}</td>' for value in (q.dense, q.method, q.ratio)]
+        )
+        rows.append(f"<tr>{_quantity_label(q.name, q.task, q.unit, q.repeats)}{values}</tr>")
+    return Markup("\n".join(rows))  # noqa: S704 - labels are escaped, and a figure has nothing to escape
+
+
+@lru_cache(maxsize=4096)
+def _quantity_label(name: str, task: str, unit: str, repeats: int) -> str:
+    shown = name.replace("_", " ") + (f" ({unit})" if unit not in ("", "1") else "")
+    how = (f"{task}; " if task else "") + (f"median of {repeats}" if repeats > 1 else "one value")
+    return f'<th scope="row">{escape(shown)}<span class="sub">{escape(how)}</span></th>'
+
+
 def lowered(label: str) -> str:
     """``label`` within a sentence: its first letter small, unless it begins an abbreviation (KV, FFN) or a symbol."""
     return label[:1].lower() + label[1:] if label[1:2].islower() else label
@@ -527,6 +552,13 @@ def _tokens(entry: Entry) -> str:
 def _shade(count: int) -> int:
     """How dark a cell of a matrix is: 0 (empty) to 5."""
     return sum(count >= least for least in (1, 2, 4, 8, 16))
+
+
+def _identity(value: Any) -> Any:
+    """What tells apart the values that pages are made of: all parts of the library live as long as the build."""
+    if isinstance(value, list):
+        return tuple(map(id, value))
+    return value if isinstance(value, str | bool) else id(value)
 
 
 def _kinds(entries: Iterable[Entry]) -> list[tuple[str, int]]:

@@ -6,20 +6,24 @@ whole catalogue into plain objects, linked to each other, which the templates on
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from taxonomy import files
 from taxonomy.errors import CatalogError
 from taxonomy.evidence import Trial, reference_trials
+
+MOST_RUNS = 3
+"""Runs whose figures stand in full on the page of a method: the newest ones."""
 
 _SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _WEB = re.compile(r"https?://[^\s<>\"']+")
@@ -30,6 +34,7 @@ class Term:
     """One value of a facet, with the entries that use it.
 
     Attributes:
+        anchor: its id on the glossary page.
         lineage: ids of the term and its ancestors, the term first.
         depth: 0 for a term without parent.
         own: entries whose card names this very term.
@@ -41,6 +46,7 @@ class Term:
     label: str
     definition: str
     parent: str | None
+    anchor: str = ""
     lineage: tuple[str, ...] = ()
     children: list[Term] = field(default_factory=list, repr=False)
     own: list[Entry] = field(default_factory=list, repr=False)
@@ -51,10 +57,8 @@ class Term:
         """Number of terms above this one."""
         return len(self.lineage) - 1
 
-    @property
-    def anchor(self) -> str:
-        """Its id on the glossary page."""
-        return f"{self.facet}--{self.id}"
+    def __post_init__(self) -> None:
+        self.anchor = f"{self.facet}--{self.id}"
 
 
 @dataclass
@@ -129,9 +133,11 @@ class Check:
     failed: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Quantity:
     """One measured quantity, dense model and method side by side. Missing arms are ``None``."""
+
+    ARMS: ClassVar = ("dense", "method", "ratio")
 
     name: str
     task: str
@@ -178,7 +184,7 @@ class Likeness:
 
 @dataclass
 class Entry:
-    """One card with everything that is known about it."""
+    """One card with everything that is known about it; of its ``runs`` reference runs the newest are ``measured``."""
 
     slug: str
     name: str
@@ -206,6 +212,7 @@ class Entry:
     contracts: dict[str, Check] = field(default_factory=dict, repr=False)
     golden: list[Check] = field(default_factory=list, repr=False)
     measured: list[Measured] = field(default_factory=list, repr=False)
+    runs: int = 0
     similar: list[Likeness] = field(default_factory=list, repr=False)
     _ids: dict[str, frozenset[str]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -279,6 +286,23 @@ def web_address(text: str | None) -> str | None:
     return text if text is not None and _WEB.fullmatch(text) else None
 
 
+@contextmanager
+def _all_kept() -> Iterator[None]:
+    """No search for garbage while millions of objects are made that all stay, nor among them later.
+
+    It finds nothing and takes a third of the time.
+    """
+    searching = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if searching:
+            gc.enable()
+
+
+@_all_kept()
 def load(catalog: Path) -> Library:
     """Read the built catalogue at ``catalog``.
 
@@ -300,7 +324,7 @@ def load(catalog: Path) -> Library:
         trials = reference_trials(connection)
         environments = _environments(connection)
         digest = connection.execute("SELECT value FROM meta WHERE key = 'sources'").fetchone()
-    _attach_similar(list(entries.values()), facets)
+        _attach_similar(connection, entries, facets)
     ordered = sorted(entries.values(), key=Entry.order)
     return Library(facets, properties, ordered, papers, digest[0] if digest else "", trials, environments)
 
@@ -406,47 +430,53 @@ def _attach_details(connection: sqlite3.Connection, entries: Mapping[str, Entry]
             entries[slug].contracts[subject] = check
 
 
+_SHOWN = f"""
+    SELECT * FROM (
+        SELECT r.*, row_number() OVER (PARTITION BY r.method ORDER BY r.started DESC, r.key) AS place,
+               count(*) OVER (PARTITION BY r.method) AS runs
+        FROM run r WHERE r.status = 'done' AND r.method IN (SELECT slug FROM method)
+    ) WHERE place <= {MOST_RUNS}
+"""
+"""The newest finished runs of each single method; stacks belong to no one card."""
+
+
+def _of_arms(column: str, arms: Sequence[str]) -> str:
+    """SQL: ``column`` in the first of ``arms`` that is there."""
+    found = [f"max(CASE arm WHEN '{arm}' THEN {column} END)" for arm in arms]
+    return found[0] if len(found) == 1 else f"coalesce({', '.join(found)})"
+
+
 def _attach_measured(connection: sqlite3.Connection, entries: Mapping[str, Entry]) -> None:
-    """Finished runs of a single method; stacks belong to no one card."""
     runs: dict[int, Measured] = {}
     query = (
-        "SELECT r.id, r.started, r.method, r.parameters, o.ref AS model, e.hardware, r.device, r.dtype, r.protocol,"
-        " r.key, e.digest"
-        " FROM run r JOIN model o ON o.id = r.model JOIN environment e ON e.id = r.environment"
-        " WHERE r.status = 'done' ORDER BY r.started DESC, r.key"
+        "SELECT r.*, o.ref, e.hardware, e.digest FROM (" + _SHOWN + ") r JOIN model o ON o.id = r.model"
+        " JOIN environment e ON e.id = r.environment ORDER BY r.method, r.place"
     )
     for row in connection.execute(query):
-        if row["method"] in entries:
-            runs[row["id"]] = run = Measured(
-                model=row["model"],
-                parameters=_settings(json.loads(row["parameters"])),
-                hardware=row["hardware"],
-                setting=", ".join(part for part in (row["device"], row["dtype"]) if part),
-                started=row["started"],
-                protocol=row["protocol"],
-                environment=row["digest"],
-                key=row["key"],
-            )
-            entries[row["method"]].measured.append(run)
-    arms: dict[tuple[int, str, str], dict[str, sqlite3.Row]] = defaultdict(dict)
-    for row in connection.execute("SELECT * FROM measurement ORDER BY run, task, quantity"):
-        arms[row["run"], row["task"], row["quantity"]][row["arm"]] = row
-    for (number, task, name), found in arms.items():
-        if number not in runs:
-            continue
-        of_arm = {arm: row["median"] for arm, row in found.items()}
-        told = found.get("method") or found.get("dense") or found["ratio"]  # a ratio has no unit of its own
-        runs[number].quantities.append(
-            Quantity(
-                name,
-                task,
-                told["unit"],
-                told["n"],
-                of_arm.get("dense"),
-                of_arm.get("method"),
-                of_arm.get("ratio"),
-            )
+        runs[row["id"]] = run = Measured(
+            model=row["ref"],
+            parameters=_settings(json.loads(row["parameters"])),
+            hardware=row["hardware"],
+            setting=", ".join(part for part in (row["device"], row["dtype"]) if part),
+            started=row["started"],
+            protocol=row["protocol"],
+            environment=row["digest"],
+            key=row["key"],
         )
+        entries[row["method"]].measured.append(run)
+        entries[row["method"]].runs = row["runs"]
+    told = ("method", "dense", "ratio")  # a ratio has no unit of its own
+    columns = [
+        _of_arms("unit", told),
+        _of_arms("n", told),
+        *(_of_arms("median", [arm]) for arm in Quantity.ARMS),
+    ]
+    query = (
+        f"SELECT run, quantity, task, {', '.join(columns)} FROM measurement WHERE run IN (SELECT id FROM ({_SHOWN}))"
+        " GROUP BY run, task, quantity ORDER BY run, task, quantity"
+    )
+    for number, *figures in connection.execute(query):
+        runs[number].quantities.append(Quantity(*figures))
 
 
 def _settings(parameters: Mapping[str, Any]) -> str:
@@ -504,47 +534,18 @@ def _papers(connection: sqlite3.Connection) -> list[Paper]:
     return sorted(papers, key=lambda paper: (paper.year or 0, paper.arxiv or ""), reverse=True)
 
 
-SIMILAR = 5
-"""Most similar entries shown per card."""
-
-
-def _attach_similar(entries: list[Entry], facets: Mapping[str, Facet]) -> None:
-    """Find the nearest of ``entries`` (sorted by slug) for each: the weighted Jaccard index of ``queries.similar``.
-
-    All pairs come out of one matrix product, in blocks, so that thousands of cards take a moment. Facet weights are
-    multiples of 1/2, so the sums are exact and equal scores are equal to the bit; they stay in the order of slugs.
-    """
-    import numpy as np
-
-    if len(entries) < 2:
-        return
-    columns = {
-        key: index
-        for index, key in enumerate((t.facet, t.id) for facet in facets.values() for t in facet.terms)
+def _attach_similar(
+    connection: sqlite3.Connection, entries: Mapping[str, Entry], facets: Mapping[str, Facet]
+) -> None:
+    """The nearest entries of each, with the terms they share."""
+    heaviest_first = sorted(facets.values(), key=lambda facet: -facet.weight)
+    ordered = {
+        slug: [term for facet in heaviest_first for term in entry.terms.get(facet.id, ())]
+        for slug, entry in entries.items()
     }
-    named = np.zeros((len(entries), len(columns)))
-    for row, entry in enumerate(entries):
-        named[row, [columns[term.facet, term.id] for terms in entry.terms.values() for term in terms]] = 1.0
-    weighted = named * np.array([facets[facet].weight for facet, _ in columns])
-    totals = weighted.sum(axis=1)
-    keep = min(SIMILAR, len(entries) - 1)
-    block = max(1, 4_000_000 // len(entries))
-    for start in range(0, len(entries), block):
-        shared = weighted[start : start + block] @ named.T
-        union = totals[start : start + block, None] + totals - shared
-        scores = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
-        own = np.arange(len(shared))
-        scores[own, start + own] = -1.0
-        least = np.partition(scores, len(entries) - keep, axis=1)[:, len(entries) - keep]
-        for row, (entry, line) in enumerate(zip(entries[start : start + block], scores, strict=True)):
-            found = np.flatnonzero(line >= max(least[row], 1e-9))
-            nearest = found[np.argsort(-line[found], kind="stable")][:keep].tolist()
-            entry.similar = [
-                Likeness(entries[other], float(line[other]), _shared(entry, entries[other], facets))
-                for other in nearest
-            ]
-
-
-def _shared(one: Entry, other: Entry, facets: Mapping[str, Facet]) -> tuple[Term, ...]:
-    common = [term for facet, named in one.terms.items() for term in named if term.id in other.ids(facet)]
-    return tuple(sorted(common, key=lambda term: -facets[term.facet].weight))
+    named = {slug: {term.anchor for term in terms} for slug, terms in ordered.items()}
+    for slug, other, score in connection.execute(
+        "SELECT method, other, score FROM similar ORDER BY method, position"
+    ):
+        common = tuple(term for term in ordered[slug] if term.anchor in named[other])
+        entries[slug].similar.append(Likeness(entries[other], score, common))

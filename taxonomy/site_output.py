@@ -55,11 +55,12 @@ def publish(files: Iterable[tuple[str, bytes]], folder: Path) -> Published:
     written = 0
     seen: set[str] = set()
     try:
+        there = _files_of(folder)
         for name, content in _marked(files):
             if name in seen or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise SiteError(f"the site has two files called {name}, or a name that leaves its folder")
             seen.add(name)
-            if _same(folder / name, content):
+            if name in there and _same(folder / name, content):
                 kept.append(name)
                 continue
             if aside is None:
@@ -67,7 +68,7 @@ def publish(files: Iterable[tuple[str, bytes]], folder: Path) -> Published:
                 aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
             _write(aside / name, content)
             written += 1
-        gone = _files_of(folder) - seen
+        gone = there - seen
         if gone and aside is None:
             aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
         if aside is not None:

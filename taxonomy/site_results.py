@@ -90,11 +90,12 @@ class Results:
 
     def __init__(self, library: Library) -> None:
         self.library = library
-        self.families = _families(library)
+        groups = _groups(library)
+        self.families = _families(library, groups)
         self.outcomes: list[Outcome] = sorted(
             (judge(finding, library.trials) for finding in load_findings()), key=_answered_first
         )
-        self._charts = _method_fronts(library)
+        self._charts = _method_fronts(groups)
 
     def method_chart(self, entry: Entry) -> Markup | None:
         """The points of a method on the largest front that it is on, before the best of the others."""
@@ -121,21 +122,38 @@ def _by_family(library: Library) -> dict[str, list[Trial]]:
     return {family: list(trials.values()) for family, trials in found.items()}
 
 
-def _families(library: Library) -> list[FamilyResults]:
+@dataclass(frozen=True)
+class _Group:
+    """The trials of a family, and their fronts by goal."""
+
+    trials: Sequence[Trial]
+    fronts: Mapping[str, Sequence[Front]]
+
+
+def _groups(library: Library) -> dict[str, _Group]:
+    """By family."""
+    return {
+        family: _Group(trials, {goal: fronts(trials, gains) for goal, gains in GOALS.items()})
+        for family, trials in _by_family(library).items()
+    }
+
+
+def _families(library: Library, groups: Mapping[str, _Group]) -> list[FamilyResults]:
     """A page per family with results, in the order of the vocabulary."""
-    trials = _by_family(library)
     pages = []
     for term in library.facets["family"].terms if "family" in library.facets else ():
-        goals = []
-        for goal, gains in GOALS.items():
-            found = fronts(trials.get(term.id, []), gains)[:MOST_FRONTS]
+        if term.id not in groups:
+            continue
+        group, goals = groups[term.id], []
+        for goal, found in group.fronts.items():
             if found:
-                sections = [_section(library, f"{goal}-{n}", front) for n, front in enumerate(found, 1)]
+                shown = enumerate(found[:MOST_FRONTS], 1)
+                sections = [_section(library, f"{goal}-{n}", front) for n, front in shown]
                 goals.append((GOAL_TITLES[goal], tuple(sections)))
         if goals:
-            methods = {trial.method for trial in trials[term.id]}
+            methods = {trial.method for trial in group.trials}
             beside = _beside(library, goals[0][1])
-            pages.append(FamilyResults(term, tuple(goals), len(trials[term.id]), len(methods), beside))
+            pages.append(FamilyResults(term, tuple(goals), len(group.trials), len(methods), beside))
     return pages
 
 
@@ -188,12 +206,12 @@ def _beside(library: Library, sections: Iterable[Section]) -> tuple[tuple[Entry,
     )
 
 
-def _method_fronts(library: Library) -> dict[str, Front]:
+def _method_fronts(groups: Mapping[str, _Group]) -> dict[str, Front]:
     """For each method the front its chart is drawn from: of its family's goal if it can, the one with most runs."""
     found: dict[str, Front] = {}
-    for family, trials in _by_family(library).items():
+    for family, group in groups.items():
         for goal in goals_of(family):
-            for front in fronts(trials, GOALS[goal]):
+            for front in group.fronts[goal]:
                 for point in front.points:
                     found.setdefault(point.trial.method, front)
     return found

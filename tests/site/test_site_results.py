@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,6 +16,8 @@ from site_pages import Page, parse
 from taxonomy import charts
 from taxonomy.catalog import Measurement as Figure
 from taxonomy.catalog import build
+from taxonomy.errors import TaxonomyError
+from taxonomy.site import build as build_site
 from taxonomy.site import render
 from taxonomy.site_data import load
 
@@ -43,7 +46,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     ]
     path = tmp_path_factory.mktemp("results") / "catalog.sqlite"
     build(replace(real_sources(), runs=runs), path)
-    return dict(render(load(path)))
+    return dict(render(load(path), path.read_bytes()))
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +164,47 @@ def test_right_is_more_and_up_is_more() -> None:
     ]
     assert bx > ax
     assert by < ay
+
+
+def test_axes_end_at_round_numbers_and_take_their_colours_from_the_style_sheet() -> None:
+    dots = [charts.Dot(1.83, 0.004, "a", "a"), charts.Dot(0.79, 1.04, "b", "b")]
+    drawing = charts.scatter(dots, title="", across="times $faster$", up="kept", base="")
+    texts = list(ElementTree.fromstring(drawing).iter("text"))
+    numbers = [node.text for node in texts if node.attrib["class"] == "c-tick"]
+    assert [number for number in numbers if "×" in number] == [f"{n / 5:g}×" for n in range(3, 11)]
+    assert [number for number in numbers if "×" not in number] == [
+        "0",
+        "0.2",
+        "0.4",
+        "0.6",
+        "0.8",
+        "1",
+        "1.2",
+    ]
+    assert [node.text for node in texts if node.attrib["class"] == "c-name"] == ["times $faster$", "kept"]
+    assert "style=" not in drawing
+    assert "id=" not in drawing
+
+
+def test_charts_do_not_follow_the_readers_settings() -> None:
+    import matplotlib
+
+    def drawn() -> str:
+        charts._axis.cache_clear()
+        return charts.scatter([charts.Dot(2.0, 0.5, "a", "a")], title="", across="x", up="y", base="")
+
+    before = drawn()
+    with matplotlib.rc_context({"axes.xmargin": 0.4, "font.size": 31, "svg.fonttype": "path"}):
+        assert drawn() == before
+
+
+def test_without_matplotlib_the_site_says_what_to_install(
+    rendered: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    charts._axis.cache_clear()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    path = tmp_path / "catalog.sqlite"
+    path.write_bytes(rendered["data/catalog.sqlite"])
+    with pytest.raises(TaxonomyError, match=r"pip install 'efficiency-zoo\[site\]'"):
+        build_site(path, tmp_path / "site")
+    assert not (tmp_path / "site").exists()
