@@ -28,7 +28,7 @@
       goal.hidden = !goal.querySelector(".front:not([hidden])");
     });
     document.getElementById("status").textContent =
-      shown === fronts.length ? "All " + shown + " groups of like runs" : shown + " of " + fronts.length + " groups of like runs";
+      (shown < fronts.length ? shown + " of " : "") + fronts.length + (fronts.length === 1 ? " group" : " groups") + " of like runs";
   }
 
   form.addEventListener("submit", function (event) { event.preventDefault(); });
