@@ -124,7 +124,7 @@ def measure(methods: int, figures: int, repeat: int) -> dict[str, Any]:
     from taxonomy.bibliography import load_bibliography
     from taxonomy.catalog import Sources, build
     from taxonomy.site import publish, render
-    from taxonomy.site_data import load
+    from taxonomy.site.loading import load
 
     with tempfile.TemporaryDirectory() as folder:
         catalog, out = Path(folder) / "catalog.sqlite", Path(folder) / "site"

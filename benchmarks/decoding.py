@@ -36,6 +36,7 @@ import torch
 from decoding_heads import described, draft_model, resources
 from decoding_lossless import prove
 from decoding_tasks import tasks
+from result_rows import append, finished
 from rich.console import Console
 from rich.table import Table
 
@@ -268,25 +269,6 @@ def as_run(
     row = run.to_json()
     Run.from_json(row)  # what is kept must be fit for the catalogue
     return row
-
-
-def finished(path: Path) -> list[dict[str, Any]]:
-    """The rows of ``path``; a line cut off by a crash is left out."""
-    rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-    return rows
-
-
-def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add rows; ``path`` is made when it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def speed(console: Console, loaded: LoadedModel, options: argparse.Namespace) -> None:

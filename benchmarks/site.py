@@ -46,7 +46,7 @@ def synthetic(count: int, path: Path) -> None:
 def measure(count: int) -> str:
     """Build one synthetic site and say how long each part took."""
     from taxonomy.site import publish, render
-    from taxonomy.site_data import load
+    from taxonomy.site.loading import load
 
     with tempfile.TemporaryDirectory() as folder:
         catalog, out = Path(folder) / "catalog.sqlite", Path(folder) / "site"

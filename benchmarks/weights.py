@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from result_rows import append, finished
 from rich.console import Console
 from rich.table import Table
 
@@ -75,18 +76,6 @@ def cells(methods: list[str], sparsities: list[float]) -> Iterator[tuple[str, di
     for slug in methods:
         for parameters in FIXED.get(slug, []):
             yield slug, parameters
-
-
-def finished(path: Path) -> list[dict[str, Any]]:
-    """The rows of ``path``; a line cut off by a crash is left out."""
-    rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-    return rows
 
 
 def measure(slug: str, parameters: dict[str, Any], loaded: LoadedModel, windows: int) -> dict[str, Any]:
@@ -239,8 +228,7 @@ def sweep(console: Console, slugs: list[str], options: argparse.Namespace) -> No
             continue
         row["inputs"]["asked"] = asked
         Run.from_json(row)  # what is kept must be fit for the catalogue
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append(options.out, [row])
         figure = value(row, "perplexity")
         took = time.perf_counter() - start
         console.print(f"{slug} {parameters}: perplexity {figure:.1f}, {took:.0f} s", highlight=False)

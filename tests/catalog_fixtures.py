@@ -9,7 +9,7 @@ import pytest
 
 from taxonomy.card import Card
 from taxonomy.catalog import Measurement as Figure
-from taxonomy.catalog import Run, Sources, build
+from taxonomy.catalog import Run, Sources, build, results
 from zoo.interface import implemented
 
 CARD = {
@@ -57,6 +57,11 @@ def make_run(**changes: object) -> Run:
         "device": "cpu",
     }
     return Run(**{**values, **changes})
+
+
+def mine(**filters: object) -> list[str]:
+    """Keys of the user's own runs, newest first."""
+    return [result.key for result in results(reference=False, **filters)]
 
 
 def real_sources() -> Sources:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import VLMS
 
 import zoo
 from zoo.bench.settings import Settings
@@ -22,16 +23,6 @@ from zoo.overlays import Step, Trace, _paint, _panels, carriers, draw, record
 from zoo.runner import Request, run
 
 QUICK = Settings(repeats=1, new_tokens=4)
-ARCHITECTURES = (
-    "tiny-llava",
-    "tiny-llava-next",
-    "tiny-llava-onevision",
-    "tiny-qwen2.5-vl",
-    "tiny-qwen3-vl",
-    "tiny-internvl",
-    "tiny-smolvlm",
-    "tiny-idefics3",
-)
 KEPT = (255, 210, 63)
 
 
@@ -92,7 +83,7 @@ def test_groups_survive_later_stages() -> None:
 # --- the geometry -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ARCHITECTURES)
+@pytest.mark.parametrize("model", VLMS)
 def test_pictures_are_what_the_encoder_got(model: str) -> None:
     """A padded batch of two: put together again, the patches of each sample look like its own photo."""
     pictures = [photo(1), photo(2, 72, 120)]
@@ -105,7 +96,7 @@ def test_pictures_are_what_the_encoder_got(model: str) -> None:
         assert np.abs(small[0] - small[1]).mean() < 0.5 * np.abs(small[0] - other).mean()
 
 
-@pytest.mark.parametrize("model", ARCHITECTURES)
+@pytest.mark.parametrize("model", VLMS)
 def test_one_kept_token_is_the_one_that_is_outlined(model: str) -> None:
     (trace,) = traced(model, "divprune", [photo()], keep_ratio=0.3)
     shown = trace.pictures[0]

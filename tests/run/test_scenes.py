@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_models import VLMS
 
 import zoo
 from zoo.bench.settings import Settings
@@ -18,8 +19,6 @@ from zoo.runner import run
 from zoo.scenes import FRAMES, MADE_FRAMES, load_frames, load_scene, pan, scene_inputs, wanted_by
 
 QUICK = Settings(repeats=1, new_tokens=2)
-VLMS = ("tiny-llava", "tiny-llava-next", "tiny-llava-onevision", "tiny-qwen2.5-vl", "tiny-qwen3-vl")
-VLMS += ("tiny-internvl", "tiny-smolvlm", "tiny-idefics3")
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ from catalog_fixtures import built
 from site_pages import Page, parse
 
 from taxonomy.site import render
-from taxonomy.site_data import Library, load
+from taxonomy.site.library import Library
+from taxonomy.site.loading import load
 
 __all__ = ["built"]
 

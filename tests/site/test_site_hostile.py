@@ -14,7 +14,7 @@ from site_pages import parse
 from taxonomy import schema
 from taxonomy.errors import CatalogError
 from taxonomy.site import render
-from taxonomy.site_data import load, web_address
+from taxonomy.site.loading import load, web_address
 
 HOSTILE = (
     "x\"'></title></textarea></svg><script>alert(1)</script><img src=x onerror=alert(1)>&amp;{{7*7}}{% raw %}"

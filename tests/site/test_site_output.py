@@ -15,8 +15,8 @@ from urllib.request import urlopen
 import pytest
 
 from taxonomy.site import build
-from taxonomy.site_output import MARKER, SiteError, publish
-from taxonomy.site_server import open_server
+from taxonomy.site.output import MARKER, SiteError, publish
+from taxonomy.site.server import open_server
 from zoo.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -125,7 +125,7 @@ def test_builds_do_not_depend_on_hashing_and_need_no_torch(built: Path) -> None:
     """Two processes with different hash seeds render the same bytes, and neither loads a model library."""
     script = (
         "import hashlib, sys\nfrom pathlib import Path\nfrom taxonomy.site import render\n"
-        "from taxonomy.site_data import load\nh = hashlib.sha256()\n"
+        "from taxonomy.site.loading import load\nh = hashlib.sha256()\n"
         "for name, content in render(load(Path(sys.argv[1]))):\n    h.update(name.encode() + b'\\0' + content)\n"
         "assert not {'torch', 'transformers', 'zoo'} & set(sys.modules), 'heavy import'\nprint(h.hexdigest())"
     )

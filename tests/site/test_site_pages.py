@@ -17,7 +17,7 @@ from site_pages import Page, contrast, css_colours, target
 from taxonomy import paths, queries
 from taxonomy.card import Card, load_cards
 from taxonomy.site import EXAMPLE, FILTERS
-from taxonomy.site_data import Library
+from taxonomy.site.library import Library
 from taxonomy.vocabulary import FACETS
 
 

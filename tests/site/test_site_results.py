@@ -19,7 +19,7 @@ from taxonomy.catalog import build
 from taxonomy.errors import TaxonomyError
 from taxonomy.site import build as build_site
 from taxonomy.site import render
-from taxonomy.site_data import load
+from taxonomy.site.loading import load
 
 
 def measured(method: str, sparsity: float, gain: float, perplexity: float, **changes: object) -> object:

@@ -307,3 +307,9 @@ def test_reading_is_reading(built: Path) -> None:
     db = queries.open_catalog(built)
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
         db.execute("DELETE FROM method")
+
+
+def test_every_public_name_is_found_where_it_lives() -> None:
+    assert all(getattr(queries, name) is not None for name in queries.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'find_nothing'"):
+        queries.find_nothing  # noqa: B018

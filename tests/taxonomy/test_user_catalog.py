@@ -17,7 +17,7 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from catalog_fixtures import card, make_run, small
+from catalog_fixtures import card, make_run, mine, small
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
 
@@ -54,15 +54,14 @@ def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return str(url)
 
 
-def mine(**filters: object) -> list[str]:
-    return [result.key for result in results(reference=False, **filters)]
+def test_reading_creates_nothing(place: Path) -> None:
+    assert mine() == []
+    assert not place.exists()
 
 
-def test_a_run_comes_back_as_it_was(place: Path) -> None:
-    assert results(reference=False) == []
-    assert not place.exists()  # reading creates nothing
-    run = make_run(parameters={"größe": [1, None, "x"]}, report={"unit": "parameters", "kept": 1.0})
-    assert record_run(run) == run.key
+def test_a_run_comes_back_as_it_was(either: str) -> None:
+    run = make_run(parameters={"größe": [1, None, "x:y %s 😀"]}, report={"unit": "parameters", "kept": 1.0})
+    assert [record_run(run), record_run(run)] == [run.key] * 2  # the same key is stored once
     (found,) = results(reference=False)
     for name in (
         "key",
@@ -75,6 +74,7 @@ def test_a_run_comes_back_as_it_was(place: Path) -> None:
         "device",
         "status",
         "started",
+        "seconds",
     ):
         assert getattr(found, name) == getattr(run, name)
     assert set(found.measurements) == set(run.measurements)
@@ -108,7 +108,7 @@ def test_models_and_environments_are_shared(place: Path) -> None:
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
-def test_filters(place: Path) -> None:
+def test_filters(either: str) -> None:
     old = make_run(key="old", started="2026-01-01T00:00:00Z")
     stack = make_run(key="stack", method="flap+prompt-lookup", started="2026-02-01T00:00:00Z")
     bare = make_run(key="bare", method="cfsp", model="other", measurements=(), status="failed", error="NaN")

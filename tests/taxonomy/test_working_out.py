@@ -14,6 +14,7 @@ from catalog_fixtures import card, make_run, real_sources, small
 from taxonomy import evidence, files, queries, schema
 from taxonomy.catalog import Measurement as Figure
 from taxonomy.catalog import Run, build, check, open_runs
+from taxonomy.queries.conditions import below
 from taxonomy.vocabulary import FACETS
 
 FIGURES = (
@@ -59,8 +60,8 @@ def test_users_of_a_term_include_those_below_it(db: sqlite3.Connection) -> None:
     assert len(stored) == sum(len(facet.terms) for facet in FACETS.values())
     for facet in FACETS.values():
         for term in facet.terms:
-            below = set(queries._below(facet, [term.id]))
-            users = sorted(one.slug for one in cards if below & set(one.terms(facet.id)))
+            among = set(below(facet, [term.id]))
+            users = sorted(one.slug for one in cards if among & set(one.terms(facet.id)))
             assert stored[facet.id, term.id] == (len(users), " ".join(users))
 
 

@@ -13,23 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tiny_models import VLMS
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from zoo.engines.reductions import Merge
+from zoo.engines.tokens import View
 from zoo.models import LoadedModel
 from zoo.models.tiny import tiny_model
 
 NEW = 6
-ARCHITECTURES = (
-    "tiny-llava",
-    "tiny-llava-next",
-    "tiny-llava-onevision",
-    "tiny-qwen2.5-vl",
-    "tiny-qwen3-vl",
-    "tiny-internvl",
-    "tiny-smolvlm",
-    "tiny-idefics3",
-)
+ARCHITECTURES = VLMS
 VIDEO = ("tiny-llava-onevision", "tiny-qwen2.5-vl", "tiny-qwen3-vl", "tiny-internvl", "tiny-smolvlm")
 
 Rule = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
@@ -205,3 +199,13 @@ CASES: dict[str, tuple[dict[str, Any], Rule, int, bool]] = {
     "fastv": ({"keep_ratio": 0.4, "layer": 2}, plain_fastv(0.4), 2, False),
 }
 """Slug -> parameters, rule, layer, whether positions are renumbered."""
+
+
+def pairs(view: View) -> Merge:
+    """Every two neighbours become one token, their mean, where the first one stood."""
+    number = len(view.tokens)
+    return Merge(
+        torch.arange(number).unsqueeze(0) // 2,
+        torch.ones(1, number),
+        torch.arange(0, number, 2).unsqueeze(0),
+    )

@@ -6,10 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from reference import ARCHITECTURES, CASES, NEW, VIDEO, cast, clip, greedy, load, picture, visual_places
+from reference import (
+    ARCHITECTURES,
+    CASES,
+    NEW,
+    VIDEO,
+    cast,
+    clip,
+    greedy,
+    load,
+    pairs,
+    picture,
+    visual_places,
+)
 
 import zoo
-from zoo.engines.reductions import Keep, Merge
+from zoo.engines.reductions import Keep
 from zoo.engines.tokens import Stage, TokenReducer, View
 from zoo.errors import BadInput, Refused
 from zoo.models import LoadedModel
@@ -113,14 +125,6 @@ def test_a_picture_and_a_video_in_one_prompt(name: str, slug: str) -> None:
 def test_several_stages_with_a_merge_in_a_batch(name: str, layers: tuple[int, int]) -> None:
     """Deep-stacked features are merged like the tokens they belong to: rows of a batch equal single rows."""
     loaded = load(name)
-
-    def pairs(view: View) -> Merge:
-        number = len(view.tokens)
-        return Merge(
-            torch.arange(number).unsqueeze(0) // 2,
-            torch.ones(1, number),
-            torch.arange(0, number, 2).unsqueeze(0),
-        )
 
     def few(view: View) -> Keep:
         count = 1 + len(view.text) % 4

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from reference import NEW, Rule, pairs, plain_divprune, plain_fastv
 from transformers import (
     CLIPVisionConfig,
     DynamicCache,
@@ -19,7 +18,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import zoo
 from zoo.engines.probes import tap_attention
-from zoo.engines.reductions import Keep, Merge, Transform
+from zoo.engines.reductions import Keep, Transform
 from zoo.engines.tokens import Stage, TokenReducer, View
 from zoo.errors import BadInput, Refused
 from zoo.interface import Method
@@ -27,7 +26,6 @@ from zoo.models import LoadedModel
 
 IMAGE = 3
 PATCHES = 16
-NEW = 6
 
 
 def build(dtype: torch.dtype = torch.float32, text: str = "llama", spread: float = 0.4) -> LoadedModel:
@@ -112,9 +110,6 @@ def eager_row(
     return scores.masked_fill(~causal, float("-inf")).softmax(-1)[0, :, -1]
 
 
-Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-
-
 @torch.no_grad()
 def reference(
     loaded: LoadedModel, data: dict[str, torch.Tensor], rule: Rule, layer: int, renumber: bool
@@ -169,33 +164,9 @@ def reference(
     return tokens
 
 
-def plain_divprune(keep: int) -> Rule:
-    """The algorithm as the paper states it: full distances, then min and argmax over slices."""
-
-    def rule(visual: torch.Tensor, places: torch.Tensor, row: torch.Tensor | None) -> torch.Tensor:
-        unit = visual.float() / visual.float().norm(dim=-1, keepdim=True)
-        distances = 1 - unit @ unit.T
-        chosen = [int(distances.topk(2, dim=0, largest=False).values[1].argmax())]
-        while len(chosen) < keep:
-            gap = distances[chosen].min(0).values
-            gap[chosen] = -1
-            chosen.append(int(gap.argmax()))
-        return places[chosen]
-
-    return rule
-
-
-def plain_fastv(keep: int) -> Rule:
-    def rule(visual: torch.Tensor, places: torch.Tensor, row: torch.Tensor | None) -> torch.Tensor:
-        assert row is not None
-        return places[row.mean(0)[places].topk(keep).indices]
-
-    return rule
-
-
 CASES = {
-    "divprune": ({"keep_ratio": 0.25}, plain_divprune(4), -1, True),
-    "fastv": ({"keep_ratio": 0.375, "layer": 2}, plain_fastv(6), 2, False),
+    "divprune": ({"keep_ratio": 0.25}, plain_divprune(0.25), -1, True),
+    "fastv": ({"keep_ratio": 0.375, "layer": 2}, plain_fastv(0.375), 2, False),
 }
 
 
@@ -459,14 +430,6 @@ def test_a_merge_equals_its_transformation_matrix(layer: int, positions: str) ->
     loaded = build()
     data = inputs(3)
 
-    def pairs(view: View) -> Merge:
-        number = len(view.tokens)
-        return Merge(
-            torch.arange(number).unsqueeze(0) // 2,
-            torch.ones(1, number),
-            torch.arange(0, number, 2).unsqueeze(0),
-        )
-
     def matrix(view: View) -> Transform:
         number = len(view.tokens)
         rows = torch.zeros(1, number // 2, number)
@@ -483,14 +446,6 @@ def test_a_merge_equals_its_transformation_matrix(layer: int, positions: str) ->
 def test_a_merge_before_the_llm_equals_embeddings_built_by_hand() -> None:
     loaded = build()
     data = single(inputs(2), 1)
-
-    def pairs(view: View) -> Merge:
-        number = len(view.tokens)
-        return Merge(
-            torch.arange(number).unsqueeze(0) // 2,
-            torch.ones(1, number),
-            torch.arange(0, number, 2).unsqueeze(0),
-        )
 
     embeds = embeddings(loaded, data)
     visual = (data["input_ids"][0] == IMAGE).nonzero().squeeze(-1)

@@ -45,7 +45,7 @@ def serve(
 ) -> None:
     """Serve a built site on 127.0.0.1 until interrupted."""
     from taxonomy.site import default_folder
-    from taxonomy.site_server import open_server
+    from taxonomy.site.server import open_server
 
     with open_server(folder or default_folder(), port) as server:
         typer.echo(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)")

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 
+from zoo.engines.latest_input import RecordsLatest
 from zoo.engines.probes import Seen, tap_attention
 from zoo.engines.provenance import Trace, share
 from zoo.engines.reductions import Blend, Join, Keep, Merge, Reduction
@@ -163,7 +164,7 @@ class BlockStage:
     observes: bool = False
 
 
-class BlockReducer:
+class BlockReducer(RecordsLatest[_Pass]):
     """Installs ``stages`` on the blocks of an encoder; ``close`` removes them.
 
     Args:
@@ -203,7 +204,6 @@ class BlockReducer:
         self._restore = restore
         self._passes: deque[_Pass] = deque(maxlen=4)
         """Inputs under way: one, unless a hook runs the encoder again, or an earlier input was interrupted."""
-        self._latest: _Pass | None = None
         self._undo: list[Callable[[], None]] = []
         kernel = getattr(encoder.config, "_attn_implementation", None)
         if key_bias is not None and kernel not in ("sdpa", "eager"):
@@ -283,12 +283,6 @@ class BlockReducer:
                 f"not {list(y.shape)}"
             )
         return trace.spread(y)
-
-    @property
-    def _finished(self) -> _Pass:
-        if self._latest is None:
-            raise BadInput(f"{self.name} has nothing to report: no input has run yet")
-        return self._latest
 
     # --- running a block -----------------------------------------------------------------------------------------
 

@@ -29,7 +29,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from zoo.errors import BadInput, Refused
+from zoo.engines.latest_input import RecordsLatest
+from zoo.errors import Refused
 from zoo.models.anatomy import Attention, Decoder, LinearPart, TextEncoder
 
 Attend = Callable[
@@ -66,7 +67,7 @@ class _Pass:
     heads_used: list[int] = field(default_factory=list)
 
 
-class Cascade:
+class Cascade(RecordsLatest[_Pass]):
     """Installs cascade pruning on the layers of a text model; ``close`` removes it.
 
     Args:
@@ -93,7 +94,6 @@ class Cascade:
         self.attend = attend
         self._passes: weakref.WeakKeyDictionary[Any, _Pass] = weakref.WeakKeyDictionary()
         self._current: _Pass | None = None
-        self._latest: _Pass | None = None
         self._undo: list[Callable[[], None]] = []
         for index, layer in enumerate(body.layers):
             self._replace(layer.attention.module, partial(self._attention, index, layer.attention))
@@ -138,12 +138,6 @@ class Cascade:
     def importance(self) -> torch.Tensor:
         """Attention probability that each token has received so far, ``[B, T]`` float32."""
         return self._finished.importance
-
-    @property
-    def _finished(self) -> _Pass:
-        if self._latest is None:
-            raise BadInput(f"{self.name} has nothing to report: no input has run yet")
-        return self._latest
 
     # --- one layer -------------------------------------------------------------------------------------------------
 

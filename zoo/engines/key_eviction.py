@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from zoo.engines.latest_input import RecordsLatest
 from zoo.engines.probes import Seen, tap_attention
 from zoo.errors import BadInput, Refused
 from zoo.models.anatomy import Decoder
@@ -27,7 +28,7 @@ Choose = Callable[[torch.Tensor, int], torch.Tensor | None]
 that stay, ``[H, K]`` ascending; ``None`` = all of them."""
 
 
-class KeyEviction:
+class KeyEviction(RecordsLatest[tuple[list[float], int]]):
     """Installs eviction between turns on a decoder; ``close`` removes it.
 
     A turn begins when more than one token comes to a cache that is not empty.
@@ -43,7 +44,6 @@ class KeyEviction:
         self.name = name
         self.choose = choose
         self.reserve = reserve
-        self._latest: tuple[list[float], int] | None = None
         self._layers = len(decoder.layers)
         self._logits: dict[int, torch.Tensor] = {}
         self._gone: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -77,12 +77,6 @@ class KeyEviction:
     def read_into(self, cache: DynamicCache) -> int:
         """The same for any cache."""
         return cache.get_seq_length() + self._gone.get(cache, 0)
-
-    @property
-    def _finished(self) -> tuple[list[float], int]:
-        if self._latest is None:
-            raise BadInput(f"{self.name} has nothing to report: no input has run yet")
-        return self._latest
 
     def _see(self, index: int, seen: Seen) -> None:
         asked = seen.query.detach().sum(2, keepdim=True, dtype=torch.float32)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zoo.engines.latest_input import RecordsLatest
 from zoo.errors import BadInput
 from zoo.models.anatomy import StateSpaceBlock, StateSpaceEncoder
 
@@ -53,7 +54,7 @@ class _Pass:
     tokens: list[int] = field(default_factory=list)
 
 
-class ScanReducer:
+class ScanReducer(RecordsLatest[_Pass]):
     """Installs ``stages`` on the blocks of a state-space encoder; ``close`` removes them.
 
     Args:
@@ -79,7 +80,6 @@ class ScanReducer:
         self._aligned = aligned
         self._decay_gaps = decay_gaps
         self._current: _Pass | None = None
-        self._latest: _Pass | None = None
         self._hooks: list[Any] = []
         for index, block in enumerate(encoder.blocks):
             self._install(index, block)
@@ -141,12 +141,6 @@ class ScanReducer:
             )
         full = y.new_zeros(len(y), self.entered, y.shape[2])
         return full.scatter(1, kept.to(y.device).unsqueeze(-1).expand_as(y), y)
-
-    @property
-    def _finished(self) -> _Pass:
-        if self._latest is None:
-            raise BadInput(f"{self.name} has nothing to report: no input has run yet")
-        return self._latest
 
     # --- on the way ------------------------------------------------------------------------------------------------
 

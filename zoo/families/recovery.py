@@ -71,9 +71,7 @@ class LoraRecovery(WeightMethod, Trainable):
         """
         if loaded.anatomy.kind != "decoder":
             raise refuse(self, "a decoder LLM to train and save", loaded.anatomy.description)
-        tokenizer = loaded.tokenizer
-        if tokenizer is None:
-            raise BadInput(f"{loaded.ref} has no tokenizer, so {self.slug} cannot train it on text")
+        tokenizer = text_tokenizer(self, loaded)
         method, applied = pruned_model(self, loaded, setting)
         model = applied.model
         lessons = self.lessons(loaded, [*examples, *heldout[:MEASURED]], setting)
@@ -111,6 +109,13 @@ class LoraRecovery(WeightMethod, Trainable):
             return {"held-out perplexity": math.exp(min(700.0, mean_loss(model, measured, padding)))}
 
         return Lesson(task, finish, measure)
+
+
+def text_tokenizer(method: WeightMethod, loaded: LoadedModel) -> Any:
+    """The tokenizer of a model that ``method`` is to train on text; raises ``BadInput`` when it has none."""
+    if loaded.tokenizer is None:
+        raise BadInput(f"{loaded.ref} has no tokenizer, so {method.slug} cannot train it on text")
+    return loaded.tokenizer
 
 
 def pruned_model(

@@ -12,8 +12,7 @@ import torch
 
 from zoo.engines.language_modelling import causal_lm_loss, collate, encode, mean_loss
 from zoo.engines.training import Loss, Task, groups_by_decay
-from zoo.errors import BadInput
-from zoo.families.recovery import MEASURED
+from zoo.families.recovery import MEASURED, text_tokenizer
 from zoo.families.weights import AppliedPruning, WeightMethod
 from zoo.interface import refuse
 from zoo.models import LoadedModel
@@ -47,9 +46,17 @@ class Retraining(WeightMethod, Trainable):
         """
         if loaded.anatomy.kind != "decoder":
             raise refuse(self, "a decoder LLM to train and save", loaded.anatomy.description)
-        tokenizer = loaded.tokenizer
-        if tokenizer is None:
-            raise BadInput(f"{loaded.ref} has no tokenizer, so {self.slug} cannot train it on text")
+        return self.lesson(loaded, examples, heldout, setting)
+
+    def lesson(
+        self, loaded: LoadedModel, examples: Sequence[Any], heldout: Sequence[Any], setting: Setting
+    ) -> Lesson:
+        """The same for any model with text.
+
+        Raises:
+            BadInput: the model has no tokenizer.
+        """
+        tokenizer = text_tokenizer(self, loaded)
         learning, finish = self.begin(loaded, setting)
         padding = tokenizer.pad_token_id or 0
         learnt, measured = (

@@ -13,7 +13,7 @@ candidates here; the labels are the next tokens. ``zoo run`` prunes, ``zoo train
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, ClassVar, Literal
@@ -23,24 +23,21 @@ from pydantic import Field
 
 from zoo.engines.curvature import hessian_product, loss_gradient
 from zoo.engines.initialisation import draw_initial_weights
-from zoo.engines.language_modelling import causal_lm_loss, collate, encode, mean_loss
 from zoo.engines.stepping import moved
 from zoo.engines.surgery import Block
-from zoo.engines.training import Recipe, Task, groups_by_decay
-from zoo.errors import BadInput, RunFailed
+from zoo.engines.training import Recipe
+from zoo.errors import RunFailed
 from zoo.families.layer_removal import LayerRemover
+from zoo.families.retraining import Retraining
 from zoo.families.weights import AppliedPruning, Facts, Work
 from zoo.interface import register
 from zoo.models import LoadedModel
 from zoo.models.anatomy import Decoder
-from zoo.training import Lesson, Setting, Trainable
-
-MEASURED = 64
-"""Held-out texts that perplexity is measured on, at most."""
+from zoo.training import Lesson, Setting
 
 
 @register("layer-lottery")
-class LayerLottery(LayerRemover, Trainable):
+class LayerLottery(LayerRemover, Retraining):
     """Layer pruning at initialisation."""
 
     recipe: ClassVar[Recipe] = Recipe(
@@ -124,34 +121,16 @@ class LayerLottery(LayerRemover, Trainable):
         Raises:
             BadInput: the model has no tokenizer.
         """
-        tokenizer = loaded.tokenizer
-        if tokenizer is None:
-            raise BadInput(f"{loaded.ref} has no tokenizer, so {self.slug} cannot train it on text")
+        return self.lesson(loaded, examples, heldout, setting)
+
+    def begin(
+        self, loaded: LoadedModel, setting: Setting
+    ) -> tuple[LoadedModel, Callable[[], AppliedPruning]]:
+        """The ticket."""
         applied = self.apply(
             loaded,
             calibration=setting.calibration,
             seed=setting.seed,
             progress=partial(setting.progress, "pruning"),
         )
-        model, padding = applied.model, tokenizer.pad_token_id or 0
-        learnt, measured = (
-            [example for text in texts for example in encode(tokenizer, text, setting.length)]
-            for texts in (examples, heldout[:MEASURED])
-        )
-
-        def finish() -> AppliedPruning:
-            return applied
-
-        def measure() -> dict[str, float]:
-            if not measured:
-                return {}
-            return {"held-out perplexity": math.exp(min(700.0, mean_loss(model, measured, padding)))}
-
-        task = Task(
-            groups=groups_by_decay(model.named_parameters()),
-            examples=learnt,
-            collate=partial(collate, padding=padding, device=loaded.device),
-            loss=lambda batch, _: causal_lm_loss(model, batch),
-            module=model,
-        )
-        return Lesson(task, finish, measure)
+        return applied.loaded, lambda: applied

@@ -7,7 +7,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from taxonomy.site_output import MARKER, SiteError
+from taxonomy.site.output import MARKER, SiteError
 
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'"
 """The pages need nothing else: no inline script or style, no other server."""

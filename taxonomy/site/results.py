@@ -13,7 +13,7 @@ from markupsafe import Markup
 from taxonomy import charts
 from taxonomy.evidence import GOALS, Front, Point, Trial, fronts, goals_of
 from taxonomy.finding import Outcome, judge, load_findings
-from taxonomy.site_data import Entry, Library, Term
+from taxonomy.site.library import Entry, Library, Term
 
 MOST_FRONTS = 12
 """Groups of like runs shown per family and goal, the largest first."""

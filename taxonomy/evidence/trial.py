@@ -1,0 +1,55 @@
+"""A finished run beside the unmodified model, with its scores."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from taxonomy.scores import Score
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A finished run with its scores by quantity.
+
+    ``settings`` are the parameters that set the budget and those that are not at their default.
+    """
+
+    key: str
+    origin: str
+    method: str
+    model: str
+    hardware: str
+    environment: str
+    device: str | None
+    dtype: str | None
+    protocol: str
+    started: str
+    config: str
+    settings: Mapping[str, Any]
+    scores: Mapping[str, Score] = field(default_factory=dict)
+
+    @property
+    def setting_text(self) -> str:
+        """The settings in one line, as ``sparsity=0.3``."""
+        return ", ".join(f"{name}={_plain(value)}" for name, value in self.settings.items())
+
+    @property
+    def command(self) -> str:
+        """The command that repeats it."""
+        return command_of(self.method, self.model, self.settings)
+
+
+def command_of(method: str, model: str, settings: Mapping[str, Any]) -> str:
+    """The command that runs ``method`` on ``model`` with these settings."""
+    words = ["zoo", "run", method, "--model", model]
+    for name, value in settings.items():
+        words += ["--set", f"{name}={_plain(value)}"]
+    return shlex.join(words)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
