@@ -157,22 +157,32 @@ def test_infinite_gradients_are_said() -> None:
         LayerLottery(weights="given").apply(model, calibration=ids())
 
 
-def test_a_ticket_is_trained_saved_and_loads_again(tmp_path: Any) -> None:
+def test_a_ticket_is_trained_saved_and_loads_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = loaded()
+    batches = []
+    score = LayerLottery.scores
+
+    def watched(self: LayerLottery, decoder: Any, windows: torch.Tensor, batch: int = 8) -> torch.Tensor:
+        batches.append(len(windows))
+        return score(self, decoder, windows, batch)
+
+    monkeypatch.setattr(LayerLottery, "scores", watched)
     texts = [
         f"{word} runs and {word} sits and {word} runs again." for word in ("cat", "dog", "owl", "cow")
     ] * 5
     from zoo.dialogues import Dialogue
 
     trained = zoo.train(
-        LayerLottery(layers=1, windows=2),
+        LayerLottery(layers=1, windows=8),
         model,
         [Dialogue(prompt="", response=text) for text in texts],
         output=tmp_path / "ticket",
         recipe={"steps": 30, "learning_rate": 3e-3},
         calibration=[" ".join(texts)],
+        calibration_windows=2,
         length=64,
     )
+    assert batches == [2]
     record = trained.record
     assert record.after["held-out perplexity"] < 0.5 * record.before["held-out perplexity"]
     again = zoo.load_model(str(tmp_path / "ticket" / "model"))

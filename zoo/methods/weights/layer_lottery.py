@@ -130,6 +130,7 @@ class LayerLottery(LayerRemover, Retraining):
         applied = self.apply(
             loaded,
             calibration=setting.calibration,
+            samples=setting.windows,
             seed=setting.seed,
             progress=partial(setting.progress, "pruning"),
         )
