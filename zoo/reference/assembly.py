@@ -184,7 +184,8 @@ def trained_tensors(model: Any, adapters: Mapping[str, nn.Parameter]) -> dict[st
 def save_trained(tensors: dict[str, torch.Tensor], file: Path) -> None:
     """Write the tensors of ``trained_tensors``."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, file, {"rank": str(RANK), "alpha per rank": str(ALPHA_PER_RANK)})
+    # One entry: safetensors writes several in any order, and the same training should give the same file.
+    save_file(tensors, file, {"adapters": f"rank {RANK}, alpha {ALPHA_PER_RANK:g} per rank"})
 
 
 @torch.no_grad()
