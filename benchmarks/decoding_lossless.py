@@ -71,14 +71,14 @@ class Proof:
 
     def measurements(self) -> Iterator[Measurement]:
         """For the catalogue."""
-        for quantity, count in (
-            ("prompts", self.prompts),
-            ("tokens", self.tokens),
-            ("identical-outputs", self.identical),
-            ("ties", self.ties),
-            ("wrong", self.wrong),
+        for quantity, unit, count in (
+            ("prompts", "prompts", self.prompts),
+            ("tokens", "tokens", self.tokens),
+            ("identical-outputs", "outputs", self.identical),
+            ("ties", "outputs", self.ties),
+            ("wrong", "outputs", self.wrong),
         ):
-            yield Measurement(quantity, "method", quantity, count, None, self.prompts, "lossless")
+            yield Measurement(quantity, "method", unit, count, None, self.prompts, "lossless")
         if self.steps:
             tau = round(self.committed / self.steps, 4)
             yield Measurement("tokens-per-step", "method", "1", tau, None, self.prompts, "lossless")
