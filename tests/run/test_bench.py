@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from zoo.bench.environment import environment
 from zoo.bench.flops import count_flops
 from zoo.bench.memory import bytes_per_decode_step, cache_bytes, parameter_bytes
 from zoo.bench.quality import common_prefix, language_quality, next_token_divergence
-from zoo.bench.record import Figure, compare
+from zoo.bench.record import Figure, RunRecord, compare
+from zoo.bench.session import Arm, Session
+from zoo.bench.settings import Settings
 from zoo.bench.timing import TimingInterrupted, alternate, ready, steady, summarise
 from zoo.models import LoadedModel
 from zoo.models.tiny import tiny_model
@@ -173,3 +177,24 @@ def test_environment_is_json_and_names_the_hardware() -> None:
     assert facts["hardware"]
     assert facts["packages"]["torch"] == torch.__version__
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
+
+
+@pytest.mark.parametrize(("device", "passes"), [("cuda", 2), ("cpu", 0)])
+def test_peak_memory_is_compared_where_the_device_counts_it(
+    monkeypatch: pytest.MonkeyPatch, device: str, passes: int
+) -> None:
+    outputs = []
+
+    def peak(_: torch.device, work: Callable[[], Any]) -> int:
+        outputs.append(work())
+        return 6_000_000 // len(outputs)
+
+    monkeypatch.setattr("zoo.bench.session.peak_bytes", peak)
+    record = RunRecord.model_construct(comparisons=[])
+    session = Session(record, Settings(), torch.device(device), lambda *_: None)
+    model, processor = tiny_model("tiny-llama")
+    arms = {name: Arm(LoadedModel(model, processor, "tiny-llama")) for name in ("dense", "method")}
+    session.add_peak_memory(arms, {"input_ids": torch.arange(8).unsqueeze(0)}, "8 tokens")
+    assert len(outputs) == passes
+    figures = [(row.quantity, row.dense.median, row.method.median) for row in record.comparisons]
+    assert figures == ([("peak-memory", 6.0, 3.0)] if passes else [])

@@ -46,10 +46,8 @@ def bytes_per_decode_step(decoder: Decoder, cached: int = 0) -> int:
     return body + row + head + cached
 
 
-def peak_bytes(device: torch.device, work: Callable[[], Any]) -> int | None:
-    """Most GPU memory allocated while ``work`` runs; ``None`` where the device keeps no such count (CPU)."""
-    if device.type != "cuda":
-        return None
+def peak_bytes(device: torch.device, work: Callable[[], Any]) -> int:
+    """Most memory allocated on a CUDA ``device`` while ``work`` runs."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     work()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from zoo.bench.memory import peak_bytes
 from zoo.bench.quality import common_prefix
 from zoo.bench.record import Comparison, Figure, Outputs, RunRecord, compare
 from zoo.bench.settings import Settings
@@ -121,6 +122,16 @@ class Session:
     def add_exact(self, quantity: str, dense: float, method: float, *, n: int = 1, **more: Any) -> Comparison:
         """As ``add`` for counts and averages, which have no spread of their own."""
         return self.add(quantity, Figure(median=dense, n=n), Figure(median=method, n=n), **more)
+
+    def add_peak_memory(self, arms: Mapping[str, Arm], inputs: Mapping[str, Any], task: str) -> None:
+        """Most memory in one forward pass of ``arms["dense"]`` and ``arms["method"]``, where the device counts it."""
+        if self.device.type != "cuda":  # no count, so no reason to put the methods to work
+            return
+        peaks = {}
+        for name, arm in arms.items():
+            with arm.forward(inputs) as work:
+                peaks[name] = peak_bytes(self.device, work) / 1e6
+        self.add_exact("peak-memory", peaks["dense"], peaks["method"], task=task)
 
     def add_fidelity(self, quantity: str, value: float, *, n: int = 1, task: str = "") -> None:
         """A figure that only the method has: how close it stays to the dense model."""

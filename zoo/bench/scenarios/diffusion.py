@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 from zoo.bench.flops import count_flops
-from zoo.bench.memory import peak_bytes
 from zoo.bench.quality import cosine
 from zoo.bench.record import Figure
 from zoo.bench.session import Arm, Session
@@ -52,12 +51,7 @@ def measure_diffusion(session: Session, dense: Arm, method: Arm, prompt: str, se
     session.add(
         "cosine-noise", None, Figure(median=likeness.median, spread=likeness.spread, n=likeness.n), task=task
     )
-    peaks = []
-    for arm in arms.values():
-        with arm.forward(inputs) as work:
-            peaks.append(peak_bytes(session.device, work))
-    if peaks[0] is not None and peaks[1] is not None:
-        session.add_exact("peak-memory", peaks[0] / 1e6, peaks[1] / 1e6, task=task)
+    session.add_peak_memory(arms, inputs, task)
     session.checkpoint()
     _pictures(session, arms, prompt, seed)
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from zoo.bench.flops import count_flops
-from zoo.bench.memory import peak_bytes
 from zoo.bench.quality import cosine
 from zoo.bench.record import Figure
 from zoo.bench.session import Arm, Session
@@ -47,12 +46,7 @@ def measure_encoder_tokens(session: Session, dense: Arm, method: Arm, inputs: Ma
         bound_of="ratio of counted FLOPs",
     )
     session.add_exact("flops", flops["dense"], flops["method"], task=f"per image, {task}")
-    peaks = []
-    for arm in arms.values():
-        with arm.forward(inputs) as work:
-            peaks.append(peak_bytes(session.device, work))
-    if peaks[0] is not None and peaks[1] is not None:
-        session.add_exact("peak-memory", peaks[0] / 1e6, peaks[1] / 1e6, task=task)
+    session.add_peak_memory(arms, inputs, task)
     session.checkpoint()
 
 

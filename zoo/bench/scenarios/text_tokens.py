@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from zoo.bench.flops import count_flops
-from zoo.bench.memory import cache_bytes, peak_bytes
+from zoo.bench.memory import cache_bytes
 from zoo.bench.quality import next_token_divergence
 from zoo.bench.session import Arm, Session, greedy, logit_gap, outputs_of
 from zoo.engines.contrastive import embed
@@ -92,12 +92,7 @@ def _compared(
         bound_of="ratio of counted FLOPs",
     )
     session.add_exact("flops", flops["dense"], flops["method"], task=task)
-    peaks = []
-    for arm in arms.values():
-        with arm.forward(inputs) as work:
-            peaks.append(peak_bytes(session.device, work))
-    if peaks[0] is not None and peaks[1] is not None:
-        session.add_exact("peak-memory", peaks[0] / 1e6, peaks[1] / 1e6, task=task)
+    session.add_peak_memory(arms, inputs, task)
     return {name: sample.result for name, sample in samples.items()}
 
 

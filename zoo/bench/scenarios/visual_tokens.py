@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from zoo.bench.flops import count_flops
-from zoo.bench.memory import cache_bytes, peak_bytes
+from zoo.bench.memory import cache_bytes
 from zoo.bench.quality import next_token_divergence
 from zoo.bench.record import Figure
 from zoo.bench.session import Arm, Session, greedy, outputs_of
@@ -82,7 +82,7 @@ def measure_visual_tokens(
     )
     session.add_fidelity("first-token-agreement", agreement, task=task)
     session.add_fidelity("kl", kl, task=f"first token, {task}")
-    _peaks(session, arms, forward, task)
+    session.add_peak_memory(arms, forward, task)
     session.checkpoint()
     _outputs(session, arms, prompt, inputs, random)
 
@@ -124,15 +124,6 @@ def _replay(
             yield lambda: model(**forward)
     finally:
         reducer.close()
-
-
-def _peaks(session: Session, arms: Mapping[str, Arm], forward: Mapping[str, Any], task: str) -> None:
-    peaks = []
-    for arm in arms.values():
-        with arm.forward(forward) as work:
-            peaks.append(peak_bytes(session.device, work))
-    if peaks[0] is not None and peaks[1] is not None:
-        session.add_exact("peak-memory", peaks[0] / 1e6, peaks[1] / 1e6, task=task)
 
 
 def _outputs(

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from zoo.bench.flops import count_flops
-from zoo.bench.memory import bytes_per_decode_step, cache_bytes, parameter_bytes, parameter_count, peak_bytes
+from zoo.bench.memory import bytes_per_decode_step, cache_bytes, parameter_bytes, parameter_count
 from zoo.bench.quality import language_quality
 from zoo.bench.session import Arm, Session, greedy, logit_gap, outputs_of
 from zoo.engines.contrastive import embed, triplets_of
@@ -130,14 +130,7 @@ def _prefill(session: Session, dense: LoadedModel, pruned: LoadedModel, heldout:
     session.add_exact("flops", flops["dense"], flops["method"], task=task)
     cached = {name: sum(cache_bytes(sample.result.past_key_values)) / 1e6 for name, sample in samples.items()}
     session.add_exact("kv-bytes", cached["dense"], cached["method"], task=task)
-    peaks = [_peak(session, arm, inputs) for arm in arms.values()]
-    if peaks[0] is not None and peaks[1] is not None:
-        session.add_exact("peak-memory", peaks[0] / 1e6, peaks[1] / 1e6, task=task)
-
-
-def _peak(session: Session, arm: Arm, inputs: dict[str, Any]) -> int | None:
-    with arm.forward(inputs) as work:
-        return peak_bytes(session.device, work)
+    session.add_peak_memory(arms, inputs, task)
 
 
 def _decode(session: Session, dense: LoadedModel, pruned: LoadedModel, heldout: torch.Tensor) -> None:
