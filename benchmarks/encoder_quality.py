@@ -18,8 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,21 +26,18 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.nn.functional import interpolate, one_hot
 
 from taxonomy.runs import Measurement, Run
 from zoo.bench.environment import environment
 from zoo.bench.flops import count_flops
 from zoo.errors import ZooError
 from zoo.families.encoder_tokens import AppliedEncoder, EncoderTokenReducer
-from zoo.image_data import LabelledImages, labelled
+from zoo.image_data import labelled
 from zoo.interface import implemented, method, method_class
-from zoo.models import LoadedModel, load_model
+from zoo.models import load_model
+from zoo.reference.probe import Probe, batches, features
 
 MODEL = "dinov2-small-saliency"
-BATCH = 50
-STRENGTHS = tuple(10.0**power for power in range(-1, 5))
-"""Ridge strengths to choose from; features have unit variance."""
 
 BUDGETS: dict[str, list[dict[str, Any]]] = {
     "tome": [{"r": r} for r in (1, 2, 3, 4, 5)],
@@ -70,84 +66,6 @@ def budgets(slug: str) -> list[dict[str, Any]]:
         return BUDGETS[slug]
     has_ratio = "keep_ratio" in method_class(slug).model_fields
     return [{"keep_ratio": kept} for kept in KEEP_RATIOS] if has_ratio else [{}]
-
-
-# --- features and the probe -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A linear classifier: ``(x - mean) / scale @ weight + offset``, the largest of ``[N, classes]`` wins."""
-
-    mean: torch.Tensor
-    scale: torch.Tensor
-    weight: torch.Tensor
-    offset: torch.Tensor
-    strength: float
-
-    @classmethod
-    def fit(cls, features: torch.Tensor, labels: torch.Tensor) -> Probe:
-        """Ridge regression on the classes, ``features [N, D]`` (float64), ``labels [N]``.
-
-        The strength is the one with the best leave-one-out accuracy, which needs no second fit: without its own
-        sample, the prediction for sample i is ``y_i - (y_i - p_i) / (1 - h_i)``, h being the diagonal of the hat
-        matrix.
-        """
-        mean, scale = features.mean(0), features.std(0).clamp(min=1e-6)
-        x, y = (features - mean) / scale, one_hot(labels).double()
-        offset = y.mean(0)
-        left, singular, right = torch.linalg.svd(x, full_matrices=False)
-        projected = left.T @ (y - offset)
-        best, found = -1.0, None
-        for strength in STRENGTHS:
-            shrunk = singular.square() / (singular.square() + strength)
-            leverage = left.square() @ shrunk + 1 / len(x)
-            residual = (y - offset - left @ (shrunk[:, None] * projected)) / (1 - leverage[:, None])
-            accuracy = float(((y - residual).argmax(1) == labels).double().mean())
-            if accuracy > best:
-                weight = right.T @ ((shrunk / singular)[:, None] * projected)
-                best, found = accuracy, cls(mean, scale, weight, offset, strength)
-        assert found is not None
-        return found
-
-    def accuracy(self, features: torch.Tensor, labels: torch.Tensor) -> float:
-        """Fraction of ``features [N, D]`` whose largest score is that of the label."""
-        scores = ((features - self.mean) / self.scale) @ self.weight + self.offset
-        return float((scores.argmax(1) == labels).double().mean())
-
-
-def batches(loaded: LoadedModel, pictures: LabelledImages, size: int) -> Iterator[torch.Tensor]:
-    """Pictures as the encoder wants them, enlarged to ``size`` pixels: ``[<= BATCH, 3, size, size]``."""
-    mean, deviation = (
-        torch.tensor(values).view(3, 1, 1)
-        for values in (loaded.processor.image_mean, loaded.processor.image_std)
-    )
-    for start in range(0, len(pictures), BATCH):
-        pixels = torch.from_numpy(pictures.images[start : start + BATCH]).permute(0, 3, 1, 2) / 255
-        pixels = interpolate(pixels, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        yield (pixels - mean) / deviation
-
-
-@torch.no_grad()
-def features(
-    loaded: LoadedModel,
-    pictures: LabelledImages,
-    size: int,
-    applied: AppliedEncoder | None = None,
-    progress: Callable[[int, int], None] = lambda *_: None,
-) -> torch.Tensor:
-    """[CLS] and the mean patch of every picture, ``[N, 2 D]`` in float64."""
-    encoder = loaded.anatomy.encoder
-    assert encoder is not None
-    rows = []
-    for pixels in batches(loaded, pictures, size):
-        last = encoder.module(pixel_values=pixels).last_hidden_state
-        weight = torch.ones(last.shape[:2]) if applied is None else applied.sources.sum(-1)
-        weight = weight[:, encoder.prefix :, None]
-        mean = (last[:, encoder.prefix :] * weight).sum(1) / weight.sum(1)
-        rows.append(torch.cat((last[:, 0], mean), dim=1).double())
-        progress(len(rows) * BATCH, len(pictures))
-    return torch.cat(rows)
 
 
 # --- cells ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Charts of the site as SVG: points in a plane, with their names.
+"""Charts of the site as SVG: points in a plane or in lanes, with their names.
 
 matplotlib draws the two axes (scale, grid, numbers, name) and says where a value lies on them. The points go on top as
 elements of their own, since they are links with tooltips. An axis depends on nothing but its name and its range, which
@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,13 +26,25 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 22, 30, 48
 _LETTER = 6.6
 """Width of a letter of a label, in SVG units: an estimate that is on the large side."""
 
+_RADIUS = 4.5
+"""Of a point."""
+
+_LONGEST = 28
+"""Most letters of the name of a lane."""
+
+_ORDER = ("other", "plain", "best")
+"""In which groups are drawn: the later over the earlier."""
+
 _MOST_ACROSS, _MOST_UP = 8, 6
 """Most numbers along the two axes."""
 
 
 @dataclass(frozen=True)
 class Dot:
-    """A point: ``group`` is ``best``, ``plain`` or ``other`` (drawn faintly); ``href`` where it leads."""
+    """A point: ``group`` is ``best``, ``plain`` or ``other`` (drawn faintly); ``href`` where it leads.
+
+    In a chart of lanes ``y`` is the number of the lane.
+    """
 
     x: float
     y: float
@@ -80,11 +93,70 @@ def scatter(dots: Sequence[Dot], *, title: str, across: str, up: str, base: str)
         _steps([at(dot.x, dot.y) for dot in dots if dot.group == "best"]),
         _ring(*at(1, 1), base),
     ]
-    for dot in sorted(dots, key=lambda dot: ("other", "plain", "best").index(dot.group)):
+    for dot in sorted(dots, key=lambda dot: _ORDER.index(dot.group)):
         parts.append(_dot(dot, *at(dot.x, dot.y)))
     named = [dot for dot in dots if dot.group == "best"]
     parts += _labels([(dot.label, *at(dot.x, dot.y)) for dot in named], [at(dot.x, dot.y) for dot in dots])
     return "".join([*parts, "</svg>"])
+
+
+def lanes(
+    dots: Sequence[Dot], names: Sequence[str], *, noise: float, title: str, across: str, base: str
+) -> str:
+    """Points in lanes, one below the other, along one axis; 1, the unmodified model, is a line.
+
+    Args:
+        dots: the points; those with a label are named where there is room, the first ones first.
+        names: of the lanes, from above.
+        noise: how far from 1 a point may lie by chance; the band is drawn.
+        title: what a screen reader says first.
+        across: label of the axis.
+        base: tooltip of the line.
+    """
+    names = [name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…" for name in names]
+    left = round(16 + _LETTER * max(map(len, names)))
+    values = [1 - noise, 1 + noise, *(dot.x for dot in dots)]
+    below, x0, dx = _axis("x", _range(values, _MOST_ACROSS), across, left)
+    height = (HEIGHT - _TOP - _BOTTOM) / len(names)
+    middles = [_TOP + (number + 0.5) * height for number in range(len(names))]
+    places = _apart([(x0 + dot.x * dx, middles[int(dot.y)]) for dot in dots], height / 2 - _RADIUS)
+    one, ends = x0 + dx, (_TOP, HEIGHT - _BOTTOM)
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
+        f'<rect class="c-noise" x="{one - noise * dx:.1f}" y="{ends[0]}" width="{2 * noise * dx:.1f}"'
+        f' height="{ends[1] - ends[0]}"/>',
+        below,
+        *(
+            f'<path class="c-grid" d="M{left} {middle + height / 2:.1f}H{WIDTH - _RIGHT}"/>'
+            for middle in middles[:-1]
+        ),
+        f'<path class="c-base" d="M{one:.1f} {ends[0]}V{ends[1]}"><title>{escape(base)}</title></path>',
+        *(
+            f'<text class="c-lane" x="{left - 12}" y="{middle + 4:.1f}" text-anchor="end">{escape(name)}</text>'
+            for name, middle in zip(names, middles, strict=True)
+        ),
+    ]
+    for dot, place in sorted(zip(dots, places, strict=True), key=lambda pair: _ORDER.index(pair[0].group)):
+        parts.append(_dot(dot, *place))
+    named = [(dot.label, *place) for dot, place in zip(dots, places, strict=True) if dot.label]
+    parts += _labels(named, places, left)
+    return "".join([*parts, "</svg>"])
+
+
+def _apart(places: Sequence[tuple[float, float]], most: float) -> list[tuple[float, float]]:
+    """The places, moved up or down by at most ``most``, so that no two of a lane lie upon each other if that can be."""
+    taken: dict[float, list[tuple[float, float]]] = defaultdict(list)
+    found: list[tuple[float, float]] = []
+    step = 2 * _RADIUS
+    shifts = [sign * n * step for n in range(1 + int(most // step)) for sign in ((1, -1) if n else (1,))]
+    for x, y in places:
+        lane = taken[y]
+        free = (
+            shift for shift in shifts if all(math.hypot(x - ax, y + shift - ay) >= step for ax, ay in lane)
+        )
+        lane.append((x, y + next(free, 0.0)))
+        found.append(lane[-1])
+    return found
 
 
 def _range(values: Sequence[float], most: int) -> tuple[float, ...]:
@@ -97,8 +169,12 @@ def _range(values: Sequence[float], most: int) -> tuple[float, ...]:
 
 
 @lru_cache(maxsize=1024)
-def _axis(way: Literal["x", "y"], numbers: tuple[float, ...], name: str) -> tuple[str, float, float]:
+def _axis(
+    way: Literal["x", "y"], numbers: tuple[float, ...], name: str, start: int = _LEFT
+) -> tuple[str, float, float]:
     """One axis with its part of the grid, as SVG elements; the place of its 0, and how far it is from there to its 1.
+
+    The grid begins ``start`` units from the left.
 
     Raises:
         TaxonomyError: matplotlib is not installed.
@@ -115,7 +191,7 @@ def _axis(way: Literal["x", "y"], numbers: tuple[float, ...], name: str) -> tupl
         rcdefaults()
         rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "efficiency-zoo"})  # text stays text
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72)  # one point of SVG is one unit
-        left, bottom = _LEFT / WIDTH, _BOTTOM / HEIGHT
+        left, bottom = start / WIDTH, _BOTTOM / HEIGHT
         axes = figure.add_axes((left, bottom, 1 - left - _RIGHT / WIDTH, 1 - bottom - _TOP / HEIGHT))
         for unused in (*axes.spines.values(), axes.yaxis if way == "x" else axes.xaxis):
             unused.set_visible(False)
@@ -167,24 +243,27 @@ def _ring(x: float, y: float, tooltip: str) -> str:
 
 def _dot(dot: Dot, x: float, y: float) -> str:
     circle = (
-        f'<circle class="c-{dot.group}" cx="{x:.1f}" cy="{y:.1f}" r="{3.5 if dot.group == "other" else 4.5}">'
+        f'<circle class="c-{dot.group}" cx="{x:.1f}" cy="{y:.1f}" r="{3.5 if dot.group == "other" else _RADIUS}">'
         f"<title>{escape(dot.tooltip)}</title></circle>"
     )
     return f'<a href="{escape(dot.href)}">{circle}</a>' if dot.href else circle
 
 
-def _labels(wanted: Sequence[tuple[str, float, float]], dots: Sequence[tuple[float, float]]) -> Iterable[str]:
+def _labels(
+    wanted: Sequence[tuple[str, float, float]], dots: Sequence[tuple[float, float]], start: int = _LEFT
+) -> Iterable[str]:
     """Names beside their points, where they cover neither another name nor leave the picture; else none."""
     taken: list[tuple[float, float, float, float]] = [(x - 6, y - 5, x + 6, y + 5) for x, y in dots]
     for name, x, y in wanted:
         width = _LETTER * len(name)
         for left, base, anchor in (
-            (x + 8, y - 6, "start"),
-            (x - 8 - width, y - 6, "end"),
+            (x + 8, y - 8, "start"),
+            (x - 8 - width, y - 8, "end"),
             (x + 8, y + 15, "start"),
+            (x - 8 - width, y + 15, "end"),
         ):
             box = (left, base - 10, left + width, base + 3)
-            inside = box[0] >= _LEFT and box[2] <= WIDTH - 2 and box[1] >= 18 and box[3] <= HEIGHT - _BOTTOM
+            inside = box[0] >= start and box[2] <= WIDTH - 2 and box[1] >= 18 and box[3] <= HEIGHT - _BOTTOM
             if inside and not any(_overlap(box, other) for other in taken):
                 taken.append(box)
                 place = left if anchor == "start" else left + width

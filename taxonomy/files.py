@@ -12,7 +12,7 @@ from pathlib import Path
 
 from taxonomy.errors import CatalogError, EmptyCatalogError
 
-REVISION = "0001"
+REVISION = "0002"
 """Newest Alembic revision. Revisions are zero-padded numbers, so they compare as text."""
 
 APPLICATION_ID = 0x5A6F6F43

@@ -323,6 +323,7 @@ run = Table(
     Column(
         "config", String, nullable=False, comment="digest of method, parameters, model, inputs, seed, dtype"
     ),
+    Column("trial", String, comment="runs with the same digest asked one thing different tasks"),
     Column("model", Integer, ForeignKey("model.id"), nullable=False),
     Column("environment", Integer, ForeignKey("environment.id"), nullable=False),
     Column("started", String, nullable=False, comment="UTC, ISO 8601"),

@@ -59,6 +59,45 @@ def make_run(**changes: object) -> Run:
     return Run(**{**values, **changes})
 
 
+def timed_on(task: str, gain: float, *, same: float = 1.0, noise: float = 0.05, **changes: object) -> Run:
+    """A run of a drafter on one task, as ``benchmarks/decoding.py`` makes them."""
+    figures = (
+        Figure("decode-speed", "dense", "tokens/s", 10.0, None, 2, task),
+        Figure("decode-speed", "method", "tokens/s", 10.0 * gain, None, 2, task),
+        Figure("decode-speed", "ratio", "times", gain, None, 2, task),
+        Figure("decode-speed-bound", "ratio", "times", gain + 0.1, None, 2, task),
+        Figure("generation-speed", "ratio", "times", gain, None, 2, task),
+        Figure("tokens-per-step", "method", "1", 2 * gain - 1, None, 2, task),
+        Figure("noise", "dense", "1", noise, None, 2, task),
+        Figure("identical-outputs", "method", "1", same, None, 2, task),
+    )
+    values = {
+        "model": "small",
+        "parameters": {},
+        "inputs": {"task": task},
+        "measurements": figures,
+        **changes,
+    }
+    return make_run(**{"key": f"{values.get('method')}-{task}", **values})
+
+
+def proof_of(method: str, same: int, outputs: int, **changes: object) -> Run:
+    """A run that compares the outputs of a drafter one by one with plain decoding, and times nothing."""
+    figures = (
+        Figure("prompts", "method", "prompts", outputs, None, outputs, "lossless"),
+        Figure("identical-outputs", "method", "outputs", same, None, outputs, "lossless"),
+        Figure("tokens-per-step", "method", "1", 1.5, None, outputs, "lossless"),
+    )
+    values = {
+        "model": "small",
+        "parameters": {},
+        "measurements": figures,
+        "key": f"{method}-proof",
+        **changes,
+    }
+    return make_run(method=method, **values)
+
+
 def mine(**filters: object) -> list[str]:
     """Keys of the user's own runs, newest first."""
     return [result.key for result in results(reference=False, **filters)]

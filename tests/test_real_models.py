@@ -80,6 +80,18 @@ def test_a_copy_of_the_target_is_a_perfect_draft() -> None:
             assert applied.report.decoding.tokens_per_step >= least
 
 
+def test_stories15m_drafts_for_tinyllama() -> None:
+    target = zoo.load_model("tinyllama-1.1b", device="cpu", dtype="bf16")
+    draft = zoo.load_model("stories15m", device="cpu", dtype="bf16")
+    text = "Once upon a time, there was a little girl named Lily."
+    assert draft.tokenizer(text).input_ids == target.tokenizer(text).input_ids
+    inputs = target.tokenizer(text, return_tensors="pt")
+    plain = target.model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    with zoo.method("speculative-sampling").apply(target, draft=draft) as applied:
+        assert torch.equal(applied.generate(**inputs, max_new_tokens=24, do_sample=False), plain)
+        assert applied.report.decoding.tokens_per_step > 1.5
+
+
 @pytest.mark.parametrize(("slug", "parameters"), [("tome", {"r": 13}), ("evit", {"keep_ratio": 0.7})])
 def test_encoder_methods_shorten_a_real_vit(slug: str, parameters: dict[str, float]) -> None:
     loaded = zoo.load_model("dinov2-small-saliency", device="cpu")

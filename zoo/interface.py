@@ -186,8 +186,8 @@ class Stack:
 
     @property
     def name(self) -> str:
-        """Slugs joined by ``+``, in the order in which they are applied."""
-        return "+".join(method.slug for method in self.methods)
+        """Slugs joined by ``+``, in the order in which they are applied; ``dense`` when there is none."""
+        return "+".join(method.slug for method in self.methods) or "dense"
 
     slug = name
 

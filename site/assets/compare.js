@@ -118,6 +118,12 @@
           [point.setting, point.model, point.hardware].join("; ")];
       });
     });
+    names(methods.reduce(function (points, method) { return points.concat(method.points); }, []), "tasks").forEach(function (task) {
+      row(body, methods, "Gain on " + task, function (method) {
+        var own = method.points.filter(function (point) { return task in point.tasks; });
+        return own.map(function (point) { return point.tasks[task].toFixed(2) + "×"; }).join(", ");
+      });
+    });
   }
 
   function names(methods, group) {
@@ -163,6 +169,8 @@
     var about = JSON.parse(best);
     document.getElementById("setting").textContent = "On " + about[0] + ", " + about[1] + ". The ring is the unmodified model.";
     var points = groups[best];
+    // Where nothing is lost all points would lie at one height; the table has their gains task by task.
+    if (points.every(function (entry) { return entry.point.kept === 1 && Object.keys(entry.point.tasks).length; })) return;
     var xs = range(points.map(function (entry) { return entry.point.times; }));
     var ys = range(points.map(function (entry) { return entry.point.kept; }));
     function x(value) { return 62 + (value - xs[0]) / (xs[1] - xs[0]) * 636; }

@@ -5,13 +5,14 @@ fast, half the bytes), every quality is a share of the unmodified model's (1 = a
 needs the standard library only; SQLAlchemy is imported when the user's runs are kept at a database URL.
 """
 
-from taxonomy.evidence.front import Front, Point, fronts, goals_of, most_measured, pareto
+from taxonomy.evidence.front import fronts, goals_of, most_measured, pareto
+from taxonomy.evidence.point import Cell, Front, Point
 from taxonomy.evidence.reading import reference_trials, trials
 from taxonomy.evidence.recommendation import Pick, Recommendation, counted, parse_share, recommend
 from taxonomy.evidence.trial import Trial
 from taxonomy.scores import ALL_GAINS, GOALS, QUALITIES, Score
 
 __all__ = [
-    "ALL_GAINS", "GOALS", "QUALITIES", "Front", "Pick", "Point", "Recommendation", "Score", "Trial", "counted",
+    "ALL_GAINS", "GOALS", "QUALITIES", "Cell", "Front", "Pick", "Point", "Recommendation", "Score", "Trial", "counted",
     "fronts", "goals_of", "most_measured", "pareto", "parse_share", "recommend", "reference_trials", "trials",
 ]  # fmt: skip

@@ -5,47 +5,18 @@ from __future__ import annotations
 import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from taxonomy import paths
 from taxonomy.errors import QueryError
 from taxonomy.evidence.asking import answers_of, bound_names
+from taxonomy.evidence.point import Front, Point, Setting, proofs_of, proven_by
 from taxonomy.evidence.reading import trials
 from taxonomy.evidence.trial import Trial
 from taxonomy.queries import find_facet, find_term
 from taxonomy.scores import GOALS, QUALITIES, Goal, Score
 
 FAMILY_GOALS: Mapping[str, Goal] = {"decoding": "decode", "kv-cache": "memory"}
-
-
-@dataclass(frozen=True)
-class Point:
-    """A trial in the plane of a front. ``best``: faster or smaller, and nothing else is at least as good in both."""
-
-    trial: Trial
-    gain: Score
-    quality: Score
-    best: bool
-
-
-@dataclass(frozen=True)
-class Front:
-    """Trials that may be compared: same model, hardware, number format, data and protocol.
-
-    ``points`` are sorted by measured gain. The unmodified model stands at gain 1 and quality 1, and takes part.
-    """
-
-    model: str
-    hardware: str
-    device: str | None
-    dtype: str | None
-    protocol: str
-    gain: str
-    gain_tasks: tuple[str, ...]
-    quality: str
-    quality_tasks: tuple[str, ...]
-    points: tuple[Point, ...]
 
 
 def pareto(
@@ -121,6 +92,7 @@ def fronts(
     by_setting: dict[tuple[Any, ...], list[Trial]] = defaultdict(list)
     for trial in found:
         by_setting[trial.model, trial.hardware, trial.device, trial.dtype, trial.protocol].append(trial)
+    proofs = proofs_of(found)
     for setting, members in by_setting.items():
         gain, quality = _usual(members, gains), _usual(members, qualities)
         for trial in members:
@@ -128,7 +100,7 @@ def fronts(
                 speed, kept = trial.scores[gain], trial.scores[quality]
                 group = (*setting, gain, speed.tasks, quality, kept.tasks)
                 groups[group].append((trial, speed, kept))
-    made = [Front(*(*group, _points(members))) for group, members in groups.items()]
+    made = [Front(*(*group, _points(members, proofs))) for group, members in groups.items()]
     return sorted(
         made, key=lambda front: (-len(front.points), front.model, front.hardware, front.quality_tasks)
     )
@@ -140,13 +112,16 @@ def _usual(found: Sequence[Trial], names: Sequence[str]) -> str:
     return next(name for name in names if 2 * counts[name] >= max(counts.values()))
 
 
-def _points(members: Sequence[tuple[Trial, Score, Score]]) -> tuple[Point, ...]:
+def _points(
+    members: Sequence[tuple[Trial, Score, Score]], proofs: Mapping[Setting, Trial]
+) -> tuple[Point, ...]:
     """Points by rising gain, with the best marked: one sweep from the largest gain down."""
     ordered = sorted(members, key=lambda m: (-m[1].credited, -m[2].value, m[0].method, m[0].key))
     highest, points = float("-inf"), []
     for trial, gain, quality in ordered:
         # Without a real gain the unmodified model is as good a choice.
-        points.append(Point(trial, gain, quality, best=gain.real and quality.value > highest))
+        best = gain.real and quality.value > highest
+        points.append(Point(trial, gain, quality, best, proofs.get(proven_by(trial))))
         highest = max(highest, quality.value)
     return tuple(sorted(points, key=lambda point: (point.gain.value, point.trial.method, point.trial.key)))
 

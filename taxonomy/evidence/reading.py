@@ -11,8 +11,9 @@ from typing import Any
 
 from taxonomy import paths
 from taxonomy.evidence.asking import Question, answers_of, bound_names
+from taxonomy.evidence.pooling import over_tasks
 from taxonomy.evidence.trial import Trial
-from taxonomy.scores import ALL_GAINS, QUALITIES, SCORED, Score, scores_of
+from taxonomy.scores import ALL_GAINS, COUNTED, HELPING, QUALITIES, SCORED, Score, scores_of
 
 _BUDGETS = ("sparsity", "keep_ratio")
 """Parameters that are told even at their default: every method of a family has another one."""
@@ -27,6 +28,8 @@ def trials(
 ) -> list[Trial]:
     """Finished runs with their scores; of runs that asked for the same in the same environment, the newest.
 
+    Runs that differ in nothing but their task are one trial (``taxonomy.evidence.pooling``).
+
     Args:
         model: only this model.
         methods: only runs of one of these, stacks that hold one included; ``None`` = all.
@@ -36,22 +39,23 @@ def trials(
     Raises:
         CatalogError: a catalogue cannot be read.
     """
-    shipped, wanted = str(paths.catalog_file()), {*gains, *QUALITIES}
-    bounds = {f"{quantity}-bound" for quantity in wanted}
+    shipped, wanted = str(paths.catalog_file()), {*gains, *QUALITIES, *COUNTED}
+    besides = {f"{quantity}-bound" for quantity in wanted} | HELPING
     chosen = _chosen(model, methods, hardware)
-    own = answers_of(paths.user_catalog(), _questions("measurement", wanted | bounds, chosen))
+    own = answers_of(paths.user_catalog(), _questions("measurement", wanted | besides, chosen))
     *stored, given = answers_of(shipped, [*_questions("score", wanted, chosen), (_DEFAULTS, {})])
     defaults = _defaults(given)
     found = _assembled(own, "own", scores_of, defaults)
     found |= _assembled(stored, "reference", _stored, defaults)  # where both hold a run it is a reference run
-    return _newest(found.values())
+    return over_tasks(_newest(found.values()))
 
 
 def reference_trials(db: sqlite3.Connection) -> list[Trial]:
     """The same for all reference measurements of a built catalogue."""
     asked = _questions("score", SCORED, _chosen())
     answers = [db.execute(query, values).fetchall() for query, values in asked]
-    return _newest(_assembled(answers, "reference", _stored, _defaults(db.execute(_DEFAULTS))).values())
+    found = _assembled(answers, "reference", _stored, _defaults(db.execute(_DEFAULTS)))
+    return over_tasks(_newest(found.values()))
 
 
 Conditions = tuple[list[str], dict[str, Any]]
@@ -81,7 +85,7 @@ def _chosen(
 
 _FACTS = (
     "SELECT r.id, r.key, r.method, o.ref, e.hardware, e.digest, r.device, r.dtype, r.protocol, r.started, r.config,"
-    " r.parameters"
+    " r.trial, r.parameters"
 )
 
 _FIGURES = {
@@ -104,9 +108,10 @@ def _questions(table: str, quantities: Iterable[str], chosen: Conditions) -> lis
 
 
 def _newest(found: Iterable[Trial]) -> list[Trial]:
-    """One trial for each thing that was asked for in each environment."""
+    """One trial for each thing that was asked for in each environment, in the order of time."""
     newest: dict[tuple[str, str], Trial] = {}
     for trial in sorted(found, key=lambda trial: (trial.started, trial.key)):
+        newest.pop((trial.config, trial.environment), None)  # what comes again moves to the end
         newest[trial.config, trial.environment] = trial
     return list(newest.values())
 
@@ -139,12 +144,12 @@ def _assembled(
     for row in rows:
         figures[row[0]].append(row[1:])
     found = {}
-    for number, key, method, *rest, parameters in facts:
+    for number, key, method, *rest, trial, parameters in facts:
         scored = scores(figures[number]) if number in figures else None
         if scored:
             given = json.loads(parameters) if isinstance(parameters, str) else parameters
             settings = _changed(method, given, defaults)
-            found[key] = Trial(*(key, origin, method, *rest, settings, scored))
+            found[key] = Trial(*(key, origin, method, *rest, settings, scored, trial))
     return found
 
 

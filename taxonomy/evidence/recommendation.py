@@ -15,6 +15,7 @@ from taxonomy import paths
 from taxonomy.errors import QueryError
 from taxonomy.evidence.asking import answers_of
 from taxonomy.evidence.front import checked_goal
+from taxonomy.evidence.point import PROOF, proofs_of, proven_by
 from taxonomy.evidence.reading import trials
 from taxonomy.evidence.trial import Trial, command_of
 from taxonomy.scores import GOALS, QUALITIES, Score
@@ -107,25 +108,32 @@ def counted(number: int, noun: str) -> str:
 def _best_of(
     found: Sequence[Trial], gains: Sequence[str], max_loss: float, model: str, most: int
 ) -> list[Pick]:
-    """The best trial of each method that gains more than its noise and keeps enough, by gain."""
-    best: dict[str, tuple[float, Pick]] = {}
+    """The best trial of each method that gains more than its noise and keeps enough, by gain.
+
+    Where a method was measured on several tasks at once, one friendly prompt says nothing any more.
+    """
+    measured = []
+    widest: Counter[str] = Counter()
     for trial in found:
         quality = next((trial.scores[name] for name in QUALITIES if name in trial.scores), None)
         gain = max(
             (trial.scores[name] for name in gains if name in trial.scores), key=_credited, default=None
         )
-        if quality is None or gain is None or quality.value < 1 - max_loss or not gain.real:
+        if quality is not None and gain is not None:
+            measured.append((trial, gain, quality))
+            widest[trial.method] = max(widest[trial.method], len(gain.tasks))
+    best: dict[str, tuple[float, Pick]] = {}
+    proofs = proofs_of(found)
+    for trial, gain, quality in measured:
+        if not gain.real or len(gain.tasks) < widest[trial.method]:
+            continue
+        proof = proofs.get(proven_by(trial))
+        proven = None if proof is None else proof.scores[PROOF]
+        if min(score.value for score in (quality, proven) if score is not None) < 1 - max_loss:
             continue
         if trial.method not in best or gain.credited > best[trial.method][0]:
             like = "" if trial.model == model else f" on {trial.model}"
-            share = (
-                f"{quality.value:.1%} of {quality.quantity} kept"
-                if quality.value < 1
-                else f"no loss in {quality.quantity}"
-            )
-            doubt = ", so it counts as that" if gain.suspect else ""
-            limit = f" (the saved work allows {gain.bound:.2f}×{doubt})" if gain.bound else ""
-            why = f"{gain.value:.2f}× {gain.quantity}{limit}, {share}{like}"
+            why = f"{_told(gain)}, {_share(quality, proven)}{like}"
             pick = Pick(
                 trial.method, "like" if like else "measured", why, command_of(trial.method, model, trial.settings),
                 trial.model, gain, quality, trial.hardware, trial.key,
@@ -133,6 +141,30 @@ def _best_of(
             best[trial.method] = (gain.credited, pick)
     ordered = sorted(best.values(), key=lambda entry: (-entry[0], entry[1].method))
     return [pick for _, pick in ordered[:most]]
+
+
+def _told(gain: Score) -> str:
+    """A gain with its bound, and where it comes from when it was measured on several tasks."""
+    doubt = ", so it counts as that" if gain.suspect else ""
+    limit = f" (the saved work allows {gain.bound:.2f}×{doubt})" if gain.bound else ""
+    text = f"{gain.value:.2f}× {gain.quantity}{limit}"
+    if len(gain.tasks) == 1:
+        return text
+    ordered = sorted(zip(gain.parts, gain.tasks, strict=True))
+    (low, worst), (high, best) = ordered[0], ordered[-1]
+    return f"{text} over {len(ordered)} tasks, from {low:.2f}× ({worst}) to {high:.2f}× ({best})"
+
+
+def _share(quality: Score, proven: Score | None) -> str:
+    """How much is kept, and how many outputs of a proof are those of the unmodified model."""
+    kept = (
+        f"{quality.value:.1%} of {quality.quantity} kept"
+        if quality.value < 1
+        else f"no loss in {quality.quantity}"
+    )
+    if proven is None:
+        return kept
+    return f"{kept}; {proven.method:.0f} of {proven.dense:.0f} outputs compared one by one are the same"
 
 
 def _credited(score: Score) -> float:

@@ -15,7 +15,9 @@ from taxonomy.scores import Score
 class Trial:
     """A finished run with its scores by quantity.
 
-    ``settings`` are the parameters that set the budget and those that are not at their default.
+    ``settings`` are the parameters that set the budget and those that are not at their default. ``trial`` is the same
+    for cells of a plan that differ in their task only. ``members`` are the runs that it stands for, where each measured
+    another task (``taxonomy.evidence.pooling``).
     """
 
     key: str
@@ -31,6 +33,13 @@ class Trial:
     config: str
     settings: Mapping[str, Any]
     scores: Mapping[str, Score] = field(default_factory=dict)
+    trial: str | None = None
+    members: tuple[Trial, ...] = ()
+
+    @property
+    def runs(self) -> tuple[Trial, ...]:
+        """The runs it stands for, itself where it is one."""
+        return self.members or (self,)
 
     @property
     def setting_text(self) -> str:

@@ -1,6 +1,6 @@
 """Questions to the built catalogue, answered for the command line and the site alike.
 
-Every function takes an open connection (``open_catalog``) and returns frozen dataclasses; ``as_json`` turns any of
+Every function takes an open connection (``open_catalog``) and returns what cannot be changed; ``as_json`` turns any of
 them into plain values with stable keys. Only the standard library is used: no SQLAlchemy, no pydantic, no torch, so
 that reading commands answer at once; for the same reason each part is imported when it is first asked for. Values
 always travel as bound parameters.

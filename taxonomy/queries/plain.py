@@ -8,7 +8,9 @@ from typing import Any
 
 
 def as_json(value: Any) -> Any:
-    """Dataclasses, tuples and dictionaries as plain JSON values."""
+    """Dataclasses, named tuples, lists and dictionaries as plain JSON values."""
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: as_json(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):

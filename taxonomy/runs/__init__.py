@@ -9,11 +9,12 @@ mode and every write is one short ``BEGIN IMMEDIATE`` transaction.
 from taxonomy.runs.database import reading, upgrade
 from taxonomy.runs.queries import Result, ask, results
 from taxonomy.runs.refusals import shown
-from taxonomy.runs.run import IMPORTED, Measurement, Run, canonical_json, digest
+from taxonomy.runs.run import IMPORTED, TRIAL, Measurement, Run, canonical_json, digest
 from taxonomy.runs.store import RunStore, insert_run, open_runs, record_run, run_row
 
 __all__ = [
     "IMPORTED",
+    "TRIAL",
     "Measurement",
     "Result",
     "Run",

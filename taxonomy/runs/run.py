@@ -19,6 +19,8 @@ _ARMS = ("dense", "method", "ratio")
 _STATUSES = ("done", "failed", "refused", "interrupted")
 IMPORTED = "imported"
 """Key of ``Run.environment`` that says which file a run of somebody else came from."""
+TRIAL = "trial"
+"""Key of ``Run.inputs`` for a digest of everything that was asked for but the task."""
 
 _STARTED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)")
 
@@ -51,7 +53,7 @@ class Run:
     """One run of a method (or of a stack) on a model, with everything needed to trust it.
 
     Attributes:
-        method: slug, or several joined by ``+``.
+        method: slug, or several joined by ``+``; ``dense`` for the unmodified model alone.
         model: reference the model was loaded from.
         started: UTC, ISO 8601, as ``2026-05-04T10:11:12+00:00`` or with ``Z``.
         seconds: wall time of the whole run.
@@ -96,6 +98,11 @@ class Run:
         """Digest of what was asked for: equal for runs that only differ in when and where they ran."""
         asked = [self.method, self.parameters, self.model, self.model_revision, self.inputs]
         return digest([*asked, self.seed, self.dtype, self.device, self.protocol])
+
+    @property
+    def trial(self) -> str | None:
+        """Equal for runs that asked a method at one setting different tasks, as the cells of a plan do."""
+        return self.inputs.get(TRIAL)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; ``from_json`` reads it back. One line of ``taxonomy/measurements/*.jsonl``."""

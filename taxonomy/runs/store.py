@@ -126,7 +126,8 @@ def run_row(run: Run, model_id: int, environment_id: int) -> dict[str, Any]:
     """The row of ``run`` in its table; its figures, its model and its environment stand in others."""
     elsewhere = ("model", "model_revision", "model_facts", "environment", "measurements")
     own = {name: value for name, value in vars(run).items() if name not in elsewhere}
-    return {**own, "config": run.config, "model": model_id, "environment": environment_id}
+    worked_out = {"config": run.config, "trial": run.trial}
+    return {**own, **worked_out, "model": model_id, "environment": environment_id}
 
 
 def _insert(connection: Connection, table: sa.Table) -> Any:

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from taxonomy.evidence import Trial
 from taxonomy.queries import Claim
+from taxonomy.resampling import Outcomes
 
 
 @dataclass
@@ -233,6 +234,7 @@ class Library:
     papers: list[Paper]
     digest: str
     trials: list[Trial] = field(default_factory=list, repr=False)
+    outcomes: Outcomes = field(default_factory=dict, repr=False)
     environments: list[Environment] = field(default_factory=list, repr=False)
     _by_slug: dict[str, Entry] = field(default_factory=dict, repr=False)
 

@@ -20,6 +20,7 @@ from taxonomy import files
 from taxonomy.errors import CatalogError
 from taxonomy.evidence import reference_trials
 from taxonomy.queries import Claim
+from taxonomy.resampling import stored_outcomes
 from taxonomy.site.library import (
     Check,
     Entry,
@@ -83,12 +84,14 @@ def load(catalog: Path) -> Library:
         _attach_details(connection, entries)
         _attach_measured(connection, entries)
         papers = _papers(connection)
-        trials = reference_trials(connection)
+        trials, outcomes = reference_trials(connection), stored_outcomes(connection)
         environments = _environments(connection)
         digest = connection.execute("SELECT value FROM meta WHERE key = 'sources'").fetchone()
         _attach_similar(connection, entries, facets)
     ordered = sorted(entries.values(), key=Entry.order)
-    return Library(facets, properties, ordered, papers, digest[0] if digest else "", trials, environments)
+    return Library(
+        facets, properties, ordered, papers, digest[0] if digest else "", trials, outcomes, environments
+    )
 
 
 def _facets(connection: sqlite3.Connection) -> dict[str, Facet]:

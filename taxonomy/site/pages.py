@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from markupsafe import Markup
 
 from taxonomy import diagrams, finding, gallery, paths
+from taxonomy.questions import Untestable
 from taxonomy.site.classification import CROSSINGS, Crossing, survey_views
 from taxonomy.site.downloads import downloads
 from taxonomy.site.library import Entry, Library, Term
@@ -61,6 +62,7 @@ VERDICT_CLASSES = {
     "disagrees": "failed",
     "undecided": "undecided",
     "not measured yet": "declared",
+    "not testable here": "declared",
 }
 """How a verdict is marked."""
 
@@ -295,11 +297,14 @@ def _section(file: str) -> str:
 
 def _test_facts(test: finding.Test) -> list[tuple[str, str]]:
     """What a finding asks of the measurements, as pairs of name and text."""
-    budgets = f"{test.lowest:g} to {test.highest:g}"
-    facts = [("Kind", test.kind.replace("-", " ")), ("Quality", test.quality), ("Budgets", budgets)]
+    if isinstance(test, Untestable):
+        return []
+    facts = [("Kind", test.kind.replace("-", " ")), ("Quantity", test.quality)]
+    if test.by_budget:
+        facts.append(("Budgets", f"{test.lowest:g} to {test.highest:g}"))
     if test.models:
         facts.append(("Models", ", ".join(test.models)))
-    own = test.model_dump(include={"better", "than", "baseline", "task"})
+    own = test.model_dump(include={"better", "than", "baseline", "task", "on"})
     return facts + [
         (name.capitalize(), value if isinstance(value, str) else ", ".join(value))
         for name, value in own.items()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
 from taxonomy import charts
-from taxonomy.evidence import GOALS, Front, Point, Trial, fronts, goals_of
+from taxonomy.evidence import GOALS, Cell, Front, Point, Trial, fronts, goals_of
 from taxonomy.finding import Outcome, judge, load_findings
 from taxonomy.site.library import Entry, Library, Term
 
@@ -40,11 +40,11 @@ GAIN_LABELS = {
 
 @dataclass(frozen=True)
 class Section:
-    """A front as shown: its chart, and its rows, best gain first; ``hidden`` rows are not listed."""
+    """A front as shown: its charts, and its rows, best gain first; ``hidden`` rows are not listed."""
 
     anchor: str
     front: Front
-    chart: Markup
+    charts: tuple[Markup, ...]
     rows: tuple[Point, ...]
     hidden: int
 
@@ -52,6 +52,26 @@ class Section:
     def gain_label(self) -> str:
         """What the gain is, for people."""
         return GAIN_LABELS[self.front.gain]
+
+    @property
+    def leaders(self) -> set[Cell]:
+        """The largest gain on each task of a method that loses nothing, where it is one beyond the noise."""
+        best: dict[str, Cell] = {}
+        for cell in (cell for p in self.rows if p.unchanged for cell in p.cells if cell.sure > 1):
+            best[cell.task] = max(cell, best.get(cell.task, cell), key=lambda found: found.credited)
+        return set(best.values())
+
+    @property
+    def another_gain(self) -> str | None:
+        """Another gain of the same kind that all runs have, as that of the whole generation beside decoding."""
+        group = next(group for group in GOALS.values() if self.front.gain in group)
+        others = (name for name in group if name != self.front.gain)
+        return next((n for n in others if all(n in point.trial.scores for point in self.rows)), None)
+
+    @property
+    def another_label(self) -> str:
+        """What that is, for people."""
+        return GAIN_LABELS[self.another_gain] if self.another_gain else ""
 
 
 @dataclass(frozen=True)
@@ -93,7 +113,8 @@ class Results:
         groups = _groups(library)
         self.families = _families(library, groups)
         self.outcomes: list[Outcome] = sorted(
-            (judge(finding, library.trials) for finding in load_findings()), key=_answered_first
+            (judge(finding, library.trials, library.outcomes) for finding in load_findings()),
+            key=_answered_first,
         )
         self._charts = _method_fronts(groups)
 
@@ -145,15 +166,16 @@ def _families(library: Library, groups: Mapping[str, _Group]) -> list[FamilyResu
         if term.id not in groups:
             continue
         group, goals = groups[term.id], []
-        for goal, found in group.fronts.items():
-            if found:
+        for goal in goals_of(term.id):
+            if found := group.fronts[goal]:
                 shown = enumerate(found[:MOST_FRONTS], 1)
                 sections = [_section(library, f"{goal}-{n}", front) for n, front in shown]
                 goals.append((GOAL_TITLES[goal], tuple(sections)))
         if goals:
             methods = {trial.method for trial in group.trials}
             beside = _beside(library, goals[0][1])
-            pages.append(FamilyResults(term, tuple(goals), len(group.trials), len(methods), beside))
+            runs = sum(len(trial.runs) for trial in group.trials)
+            pages.append(FamilyResults(term, tuple(goals), runs, len(methods), beside))
     return pages
 
 
@@ -162,9 +184,14 @@ def _section(library: Library, anchor: str, front: Front) -> Section:
     listed = [point for point in ordered if point.best]
     listed += [point for point in ordered if not point.best][: max(0, MOST_ROWS - len(listed))]
     rows = tuple(sorted(listed, key=lambda point: (-point.gain.value, point.trial.method, point.trial.key)))
-    dots = [_dot(library, point, "best" if point.best else "plain") for point in rows]
-    title = f"{front.quality} kept against {GAIN_LABELS[front.gain]}: {front.model} on {front.hardware}"
-    return Section(anchor, front, _chart(dots, front, title), rows, len(ordered) - len(rows))
+    drawn = []
+    if front.by_task:
+        drawn.append(_task_chart(_task_dots(library, rows), front))
+    if not (front.by_task and front.unchanged):  # else height would say nothing
+        dots = [_dot(library, point, "best" if point.best else "plain") for point in rows]
+        title = f"{front.quality} kept against {GAIN_LABELS[front.gain]}: {front.model} on {front.hardware}"
+        drawn.append(_chart(dots, front, title))
+    return Section(anchor, front, tuple(drawn), rows, len(ordered) - len(rows))
 
 
 def _chart(dots: Sequence[charts.Dot], front: Front, title: str) -> Markup:
@@ -178,11 +205,51 @@ def _chart(dots: Sequence[charts.Dot], front: Front, title: str) -> Markup:
     return Markup(drawing)  # noqa: S704 - taxonomy.charts escapes every text it draws
 
 
-def _dot(library: Library, point: Point, group: str) -> charts.Dot:
-    """A point of the family's chart; pages lie one folder below the top."""
+def _task_chart(dots: Sequence[charts.Dot], front: Front) -> Markup:
+    drawing = charts.lanes(
+        dots,
+        front.gain_tasks,
+        noise=front.noise,
+        title=f"{GAIN_LABELS[front.gain]}, by task: {front.model} on {front.hardware}",
+        across=GAIN_LABELS[front.gain],
+        base="the unmodified model",
+    )
+    return Markup(drawing)  # noqa: S704 - taxonomy.charts escapes every text it draws
+
+
+def _task_dots(library: Library, points: Iterable[Point]) -> list[charts.Dot]:
+    """A dot per method and task, the largest gain of each task first; gains beyond the noise are named.
+
+    The best is the first that loses nothing; what loses something says so.
+    """
+    cells = [(place, cell, point) for point in points for place, cell in enumerate(point.cells)]
+    leading: set[int] = set()
+    dots = []
+    for place, cell, point in sorted(cells, key=lambda found: -found[1].credited):
+        best = cell.sure > 1 and point.unchanged and place not in leading
+        group = "best" if best else "other" if cell.sure == 1 else "plain"
+        leading |= {place} if best else set()
+        name, href = _named(library, point)
+        name = name if point.unchanged else f"{name} (not all kept)"
+        label = name if cell.sure > 1 else ""
+        dots.append(charts.Dot(cell.credited, place, label, _told(name, cell), group, href))
+    return dots
+
+
+def _told(name: str, cell: Cell) -> str:
+    passes = "" if cell.passes is None else f", {cell.passes:.2f} tokens a pass"
+    return f"{name} on {cell.task}: {cell.gain:.2f}×{passes}"
+
+
+def _named(library: Library, point: Point) -> tuple[str, str | None]:
+    """Name and page of a method, as seen from a page one folder below the top."""
     method = point.trial.method
-    name = library[method].name if method in library else method
-    href = f"../methods/{method}.html" if method in library else None
+    return (library[method].name, f"../methods/{method}.html") if method in library else (method, None)
+
+
+def _dot(library: Library, point: Point, group: str) -> charts.Dot:
+    """A point of the family's chart."""
+    name, href = _named(library, point)
     return charts.Dot(point.gain.credited, point.quality.value, name, _tooltip(name, point), group, href)
 
 
@@ -219,6 +286,8 @@ def _method_fronts(groups: Mapping[str, _Group]) -> dict[str, Front]:
 
 def _method_chart(entry: Entry, front: Front) -> Markup:
     own = [point for point in front.points if point.trial.method == entry.slug]
+    if front.by_task and front.unchanged:
+        return _task_chart(list(_own_and_best(entry, front, own)), front)
     others = [point for point in front.points if point.best and point.trial.method != entry.slug]
     dots = []
     for group, points in (("best", own), ("other", others)):
@@ -230,6 +299,25 @@ def _method_chart(entry: Entry, front: Front) -> Markup:
     return _chart(
         dots, front, f"{entry.name} on {front.model}: quality kept against {GAIN_LABELS[front.gain]}"
     )
+
+
+def _own_and_best(entry: Entry, front: Front, own: Sequence[Point]) -> Iterator[charts.Dot]:
+    """On each task the points of a method, and of all others the one with the largest gain."""
+    others = [point for point in front.points if point.trial.method != entry.slug]
+    for place in range(len(front.gain_tasks)):
+        for point in own:
+            cell = point.cells[place]
+            yield charts.Dot(
+                cell.credited,
+                place,
+                f"{cell.gain:.2f}×",
+                _told(point.trial.setting_text or "defaults", cell),
+                "best",
+            )
+        if others:
+            best = max(others, key=lambda point: point.cells[place].credited)
+            cell, name = best.cells[place], best.trial.method
+            yield charts.Dot(cell.credited, place, name, _told(name, cell), "other")
 
 
 # --- the compare page -----------------------------------------------------------------------------------------
@@ -266,6 +354,7 @@ def comparison_data(library: Library, entry: Entry, points: Sequence[Point]) -> 
                 "times": round(point.gain.credited, 4),
                 "quality": point.quality.quantity,
                 "kept": round(point.quality.value, 4),
+                "tasks": {cell.task: round(cell.credited, 4) for cell in point.cells if len(point.cells) > 1},
             }
             for point in points
         ],

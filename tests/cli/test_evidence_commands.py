@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from catalog_fixtures import make_run
+from catalog_fixtures import make_run, proof_of, timed_on
 from test_reading_commands import Zoo, on_terminal, zoo
 
 from taxonomy.catalog import Measurement as Figure
@@ -60,6 +60,42 @@ def test_pareto_lists_in_a_pipe(zoo: Zoo) -> None:
     code, out, err = zoo("pareto", "--model", "nobody")
     assert (code, out) == (0, "")
     assert "No finished run" in err
+
+
+@pytest.fixture
+def drafters(as_catalog: Path) -> None:
+    with open_runs() as store:
+        for method, gains in (("goose", (1.0, 1.5)), ("rest", (0.8, 1.01))):
+            for task, gain in zip(("chat", "rag"), gains, strict=True):
+                store.record(timed_on(task, gain, method=method))
+        store.record(proof_of("goose", 50, 50))
+
+
+@pytest.mark.usefixtures("drafters")
+def test_pareto_of_lossless_methods_tells_the_tasks(zoo: Zoo, on_terminal: Callable[..., list[str]]) -> None:
+    code, out, _ = zoo("pareto", "--family", "decoding")
+    head, *rows = csv.reader(io.StringIO(out), delimiter="\t")
+    assert code == 0
+    assert head[1:8] == ["method", "setting", "decode-speed", "chat", "rag", "tokens/pass", "kept"]
+    assert [row[1:8] for row in rows] == [
+        ["goose", "", "1.20×", "1.00×", "1.50×*", "1.33", "50/50"],
+        ["rest", "", "0.89×", "0.80×", "1.01×", "0.76", "100.0%"],
+    ]
+    shown = "\n".join(on_terminal(100, "pareto", "--family", "decoding"))
+    assert "beyond the noise (5.0%)" in " ".join(shown.split())
+    assert "┤" not in shown, "nothing is drawn where all points would lie at one height"
+
+
+@pytest.mark.usefixtures("drafters")
+def test_pareto_draws_methods_that_lose_something_and_tells_the_tasks(
+    on_terminal: Callable[..., list[str]],
+) -> None:
+    with open_runs() as store:
+        for task in ("chat", "rag"):
+            store.record(timed_on(task, 2.0, method="medusa", same=0.5))
+    shown = "\n".join(on_terminal(100, "pareto", "--family", "decoding"))
+    assert "identical-outputs, share kept" in shown
+    assert re.search(r"medusa +2.00× +2.00×\* +2.00×\* +50.0%", shown)
 
 
 @pytest.mark.usefixtures("measured")

@@ -74,6 +74,26 @@ def test_the_smallest_entries_of_each_map_go() -> None:
             )  # the 40th stays
             assert torch.equal(kept[sample, head], expected)
     assert sparsified(attention, 1) is attention
+    watched = attention.clone().requires_grad_()
+    found = sparsified(watched, 0.6)
+    assert torch.equal(found, kept)
+    found.sum().backward()
+    assert watched.grad is not None
+    assert torch.equal(watched.grad, (kept > 0).float())
+
+
+def test_entries_that_tie_with_the_threshold_stay() -> None:
+    """Maps large enough that the threshold is searched for, of few different values, zeros and NaN among them."""
+    generator = torch.Generator().manual_seed(0)
+    for values in (1, 2, 5, 300, 10**6):
+        attention = torch.randint(0, values, (1, 4, 33, 33), generator=generator) / values
+        for fraction in (0.01, 0.4, 0.999):
+            lowest = attention.flatten(2).kthvalue(max(1, int(33 * 33 * (1 - fraction)))).values
+            expected = attention.where(attention >= lowest[..., None, None], 0)
+            assert torch.equal(sparsified(attention, fraction), expected)
+    broken = rand(1, 1, 33, 33).softmax(-1)
+    broken[..., ::2, :] = torch.nan
+    assert sparsified(broken, 0.1).isnan().any()
 
 
 def test_every_rule_ranks_patches_only() -> None:

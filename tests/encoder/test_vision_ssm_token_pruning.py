@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import zoo
+from zoo.bench.flops import count_flops
 from zoo.engines.scan_tokens import ScanView, positions_of
 from zoo.errors import BadInput, BadParameter, Refused
 from zoo.methods.encoder_tokens.vision_ssm_token_pruning import ToPViM, importance, keep_tokens
 from zoo.models import LoadedModel
-from zoo.models.selective_scan import linear_recurrence
+from zoo.models.selective_scan import in_chunks, linear_recurrence, selective_scan, token_by_token
 from zoo.models.tiny import tiny_model
 from zoo.models.vim import VimConfig, VimModel, VimScan
 
@@ -57,6 +59,80 @@ def test_the_chunked_recurrence_is_the_recurrence(length: int) -> None:
 def test_states_that_vanish_stay_finite() -> None:
     found = linear_recurrence(torch.full((1, 300, 1), 1e-30), torch.ones(1, 300, 1))
     assert_close(found, torch.ones(1, 300, 1))
+
+
+def scan_inputs(batch: int, tokens: int, channels: int, size: int) -> list[torch.Tensor]:
+    """What a scan takes, in float64: x, step, elapsed, rate, write, read."""
+    generator = torch.Generator().manual_seed(tokens)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    each, state = (batch, tokens, channels), (batch, tokens, size)
+    rate = -draw(channels, size).exp()
+    return [draw(*each), draw(*each).exp(), draw(*each).exp(), rate, draw(*state), draw(*state)]
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 50])
+def test_the_scan_and_its_gradients_are_those_of_a_loop(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zoo.models.selective_scan._STRETCH", 7 * 2 * 3 * 4)  # seven tokens at a time
+    inputs = [given.requires_grad_() for given in scan_inputs(2, tokens, 3, 4)]
+    x, step, elapsed, rate, write, read = inputs
+    state, outputs = torch.zeros(2, 3, 4, dtype=torch.float64), []
+    for place in range(tokens):
+        added = (step[:, place] * x[:, place]).unsqueeze(-1) * write[:, place].unsqueeze(1)
+        state = torch.exp(elapsed[:, place].unsqueeze(-1) * rate) * state + added
+        outputs.append((state * read[:, place].unsqueeze(1)).sum(-1))
+    expected = torch.stack(outputs, 1)
+    found = selective_scan(*inputs)
+    for form in (found, in_chunks(*inputs), token_by_token(*(given.detach() for given in inputs))):
+        assert_close(form, expected)
+    weight = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view_as(expected)
+    gradients = (
+        torch.autograd.grad((y * weight).sum(), inputs, allow_unused=True) for y in (found, expected)
+    )
+    for own, literal, given in zip(*gradients, inputs, strict=True):
+        assert_close(own, torch.zeros_like(given) if literal is None else literal)
+    torch.library.opcheck(torch.ops.zoo.selective_scan.default, inputs)
+
+
+def test_the_work_of_a_scan_is_counted() -> None:
+    """Beside a loop over numbers that counts what it does."""
+    batch, tokens, channels, size = 2, 5, 3, 4
+    x, step, elapsed, rate, write, read = scan_inputs(batch, tokens, channels, size)
+    work, y = 0, torch.zeros_like(x)
+    for sample in range(batch):
+        for channel in range(channels):
+            state = [0.0] * size
+            for place in range(tokens):
+                here = (sample, place, channel)
+                entering = float(step[here] * x[here])
+                work += 1
+                for number in range(size):
+                    decay = math.exp(float(elapsed[here] * rate[channel, number]))
+                    added = entering * float(write[sample, place, number])
+                    state[number] = decay * state[number] + added
+                    y[here] += float(read[sample, place, number]) * state[number]
+                    work += 2 + 1 + 2 + 2
+    inputs = (x, step, elapsed, rate, write, read)
+    assert_close(selective_scan(*inputs), y)
+    assert count_flops(lambda: selective_scan(*inputs)) == work
+
+
+def test_the_work_of_a_block_is_that_of_its_products_and_its_scans() -> None:
+    loaded, x = vim(), pixels(2)
+    config = loaded.model.config
+    tokens = (config.image_size // config.patch_size) ** 2 + 1
+    channels, states, rank = config.expand * config.hidden_size, config.state_size, config.time_step_rank
+    scan = channels * (config.conv_kernel + rank + 2 * states + rank) * 2 + channels * (7 * states + 1)
+    block = 3 * config.hidden_size * channels * 2 + 2 * scan
+    one, two = (
+        count_flops(lambda layers=layers: vim(num_hidden_layers=layers).model(pixel_values=x))
+        for layers in (1, 2)
+    )
+    # The causal convolution also runs behind the last token, and that is cut off.
+    behind = 2 * channels * config.conv_kernel * 2 * (config.conv_kernel - 1)
+    assert two - one == 2 * (tokens * block + behind)
 
 
 def scan() -> VimScan:

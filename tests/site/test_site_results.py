@@ -10,12 +10,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from catalog_fixtures import make_run, real_sources
+from catalog_fixtures import make_run, proof_of, real_sources, timed_on
 from site_pages import Page, parse
 
 from taxonomy import charts
 from taxonomy.catalog import Measurement as Figure
-from taxonomy.catalog import build
+from taxonomy.catalog import Run, build
 from taxonomy.errors import TaxonomyError
 from taxonomy.site import build as build_site
 from taxonomy.site import render
@@ -34,6 +34,13 @@ def measured(method: str, sparsity: float, gain: float, perplexity: float, **cha
     return make_run(method=method, parameters={"sparsity": sparsity}, **values)
 
 
+def drafters(method: str, *, model: str = "small", same: float = 1.0, **gains: float) -> list[Run]:
+    return [
+        timed_on(task, gain, same=same, method=method, model=model, key=f"{method}{model}{task}")
+        for task, gain in gains.items()
+    ]
+
+
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     runs = [
@@ -43,6 +50,12 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         measured("wanda-sp", 0.3, 2.9, 13.0),  # above its bound
         measured("cfsp", 0.2, 1.1, 10.1, model="model-two"),
         measured("flap+prompt-lookup", 0.2, 1.4, 30.0),
+        *drafters("goose", chat=1.02, rag=1.4, qa=0.7),
+        *drafters("prompt-lookup", chat=1.0, rag=1.6, qa=1.3),
+        proof_of("goose", 50, 50),
+        proof_of("prompt-lookup", 20, 20),
+        *drafters("medusa", model="lossy", same=0.5, chat=2.0, rag=2.0, qa=2.0),
+        *drafters("eagle", model="lossy", chat=1.5, rag=1.01, qa=1.2),
     ]
     path = tmp_path_factory.mktemp("results") / "catalog.sqlite"
     build(replace(real_sources(), runs=runs), path)
@@ -76,6 +89,43 @@ def test_groups_can_be_chosen_by_model_and_hardware(family: Page) -> None:
 def test_a_stack_is_with_both_families(rendered: dict[str, bytes]) -> None:
     assert b"flap+prompt-lookup" in rendered["results/weight-pruning.html"]
     assert b"flap+prompt-lookup" in rendered["results/decoding.html"]
+
+
+def test_lossless_methods_are_told_task_by_task(rendered: dict[str, bytes]) -> None:
+    page = parse("results/decoding.html", rendered["results/decoding.html"])
+    (front,) = (node for node in page.all("section") if node.attrib.get("data-model") == "small")
+    head, *rows = [[" ".join(" ".join(cell.itertext()).split()) for cell in row] for row in front.iter("tr")]
+    assert head[1:5] == ["All tasks decoding, times faster", "chat ±5.0%", "qa ±5.0%", "rag ±5.0%"]
+    assert [row[0] for row in rows] == ["Prompt Lookup Decoding (PLD) defaults", "Goose defaults"]
+    assert [row[1].split("×")[0] for row in rows] == ["1.25", "0.96"]
+    assert rows[0][2:5] == ["1.00× 1.00 a pass", "1.30× 1.60 a pass", "1.60× 2.20 a pass"]
+    assert [row[6].split(" run")[0] for row in rows] == ["20 of 20", "50 of 50"]
+    leading = [node.text for node in front.iter("td") if node.attrib.get("class") == "lead"]
+    assert leading == ["1.30×", "1.60×"], "on no other task is there a gain beyond the noise"
+    assert len(list(front.iter("svg"))) == 1, "no plane whose points would all lie at one height"
+
+
+def test_methods_that_lose_something_are_marked(rendered: dict[str, bytes]) -> None:
+    page = parse("results/decoding.html", rendered["results/decoding.html"])
+    (front,) = (node for node in page.all("section") if node.attrib.get("data-model") == "lossy")
+    medusa, _ = front.find(".//tbody")
+    assert "50.0% not all kept" in " ".join(" ".join(medusa.itertext()).split())
+    assert [td.text for td in front.iter("td") if td.attrib.get("class") == "lead"] == ["1.50×", "1.20×"]
+    names = [node.text for node in front.iter("text") if node.attrib["class"] == "c-label"]
+    assert "Medusa (not all kept)" in names
+    assert len(list(front.iter("svg"))) == 2, "by task, and in the plane"
+
+
+def test_a_drafter_has_its_chart_by_task(rendered: dict[str, bytes]) -> None:
+    text = rendered["methods/goose.html"].decode()
+    svg = ElementTree.fromstring(re.search(r'<svg class="chart".*?</svg>', text, re.DOTALL)[0])
+    kinds = [node.attrib["class"] for node in svg.iter("circle")]
+    assert (kinds.count("c-best"), kinds.count("c-other")) == (3, 3)
+    assert [node.text for node in svg.iter("text") if node.attrib["class"] == "c-lane"] == [
+        "chat",
+        "qa",
+        "rag",
+    ]
 
 
 def test_every_figure_leads_to_its_environment(rendered: dict[str, bytes], family: Page) -> None:
@@ -125,6 +175,9 @@ def test_the_compare_page_knows_every_card_and_its_data(rendered: dict[str, byte
     script = rendered["data/methods/flap.js"].decode()
     data = json.loads(re.fullmatch(r"zooMethod\((.*)\);\n", script)[1])
     assert [point["times"] for point in data["points"]] == [1.2, 1.5]
+    assert [point["tasks"] for point in data["points"]] == [{}, {}]
+    goose = json.loads(rendered["data/methods/goose.js"].decode()[len("zooMethod(") : -3])
+    assert [point["tasks"] for point in goose["points"]] == [{"chat": 1.02, "qa": 0.7, "rag": 1.4}]
     assert data["claims"] == [
         ["LLaMA family", "pruning", "minutes on one GPU", None, None, "3-5", "repository read-me"]
     ]
@@ -164,6 +217,29 @@ def test_right_is_more_and_up_is_more() -> None:
     ]
     assert bx > ax
     assert by < ay
+
+
+def test_lanes_keep_their_points_apart_and_in_place() -> None:
+    dots = [charts.Dot(gain, place, "", "") for place in (0, 1, 2) for gain in (0.9, 1.0, 1.001, 1.002, 1.5)]
+    names = ("<b>", "two", "a name that is far too long to fit beside the lanes of a chart")
+    drawing = charts.lanes(dots, names, noise=0.1, title="", across="gain", base="")
+    tree = ElementTree.fromstring(drawing)
+    circles = [tuple(float(c.attrib[name]) for name in ("cx", "cy")) for c in tree.iter("circle")]
+    bounds = [
+        float(line.attrib["d"].partition(" ")[2].partition("H")[0])
+        for line in tree.iter("path")
+        if "H" in line.attrib["d"]
+    ]
+    assert len(circles) == 15
+    assert all(0 < x < charts.WIDTH for x, _ in circles)
+    assert [sum(y < bounds[0] for _, y in circles), sum(y > bounds[1] for _, y in circles)] == [5, 5]
+    for n, (x, y) in enumerate(circles):
+        assert all(abs(x - a) + abs(y - b) > 6 for a, b in circles[:n])
+    (band,) = tree.iter("rect")
+    left = float(band.attrib["x"])
+    one = left + float(band.attrib["width"]) / 2
+    assert one == pytest.approx(circles[1][0], abs=0.1), "the band is about the unmodified model"
+    assert left == pytest.approx(circles[0][0], abs=0.1)
 
 
 def test_axes_end_at_round_numbers_and_take_their_colours_from_the_style_sheet() -> None:

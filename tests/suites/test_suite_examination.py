@@ -11,12 +11,17 @@ import pytest
 import torch
 
 import zoo
+from taxonomy.card import load_cards
+from taxonomy.evidence import trials
+from taxonomy.exchange import document, import_runs, stored_runs
 from taxonomy.runs import results
 from zoo.bench.session import Arm
 from zoo.bench.tasks import Desk, make_task
 from zoo.cli import main
 from zoo.errors import BadInput, BadParameter, DownloadFailed, Refused
+from zoo.interface import Stack
 from zoo.models import LoadedModel
+from zoo.runner import run
 from zoo.suites import asking, examination
 from zoo.suites.examination import Found, Trial, examine, record_summaries, summaries, trials_of
 from zoo.suites.rows import Question, read_questions
@@ -250,7 +255,27 @@ def test_the_command_in_json_with_some_datasets_of_the_model_alone(
     assert [row["dataset"] for row in body["results"]] == ["signs", "rare"]
     assert body["summaries"][0]["method"] is None
     assert body["left_out"] == {"essays": "a teacher"}
-    assert results(reference=False) == []
+
+
+def test_results_of_the_model_alone_are_stored_shown_and_passed_on(
+    command: Command, suite_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, _ = command("tiny-llava", "--suite", str(suite_file), "--tasks", "signs,shapes", "--json")
+    assert code == 0
+    own = results("dense", reference=False)
+    assert len(own) == 3, "two datasets and the suite"
+    assert {(run.model, run.status) for run in own} == {("tiny-llava", "done")}
+    assert {row.arm for run in own for row in run.measurements} == {"dense"}
+    assert any(row.task.startswith("mini, 2 of ") for run in own for row in run.measurements)
+
+    assert trials(model="tiny-llava") == [], "there is nothing that a method gained or lost"
+    file = tmp_path / "runs.json"
+    file.write_text(document(stored_runs(reference=False)), encoding="utf-8")
+    monkeypatch.setenv("ZOO_CATALOG", str(tmp_path / "other.sqlite"))
+    assert import_runs(file).added == 3
+    again = results("dense", reference=False)
+    assert [(run.key, run.measurements) for run in again] == [(run.key, run.measurements) for run in own]
+    assert import_runs(file).added == 0
 
 
 def test_interrupted_it_keeps_what_is_done(
@@ -265,6 +290,16 @@ def test_interrupted_it_keeps_what_is_done(
     stored = {run.status: run for run in results("divprune", reference=False)}
     assert set(stored) == {"done", "interrupted"}
     assert any(row.task == "colours, 6 questions" for row in stored["done"].measurements)
+
+
+def test_without_a_method_a_run_is_asked_a_task(loaded: LoadedModel, suite_file: Path) -> None:
+    task = make_task("benchmark", suite=str(suite_file), dataset="signs")
+    record = run(Stack([]), loaded, task=task, store=False)
+    assert (record.method, record.parameters, record.reports, record.command) == ("dense", {}, [], "")
+    assert [row.method for row in record.comparisons] == [None]
+    with pytest.raises(BadInput, match="give a task"):
+        run(Stack([]), loaded, store=False)
+    assert "dense" not in {card.slug for card in load_cards().values()}, "the name stands for no method"
 
 
 def test_a_failed_dataset_is_said_with_what_to_do(command: Command, suite_file: Path) -> None:

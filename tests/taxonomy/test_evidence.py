@@ -8,12 +8,13 @@ from pathlib import Path
 from sqlite3 import Connection
 
 import pytest
-from catalog_fixtures import make_run
+from catalog_fixtures import make_run, proof_of, timed_on
 
 from taxonomy import evidence, queries
 from taxonomy.catalog import Measurement as Figure
 from taxonomy.catalog import Run, open_runs
 from taxonomy.errors import QueryError
+from taxonomy.runs import TRIAL
 
 BUSY = {"hardware": "8 other cores"}
 
@@ -116,6 +117,98 @@ def test_several_tasks_are_averaged(db: Connection) -> None:
     assert trial.scores["accuracy"].tasks == ("count", "read")
 
 
+def test_runs_on_one_task_each_are_one_trial(db: Connection) -> None:
+    keep(
+        timed_on("qa", 0.5, method="goose", noise=0.01),
+        timed_on("chat", 2.0, method="goose", noise=0.08),
+        timed_on("chat", 9.0, method="goose", key="older", started="2026-01-01T00:00:00Z", seed=1),
+        timed_on("chat", 1.1, method="goose", key="elsewhere", environment=BUSY),
+        timed_on("chat", 1.2, method="goose", key="another setting", parameters={"top_k": 3}),
+    )
+    found = evidence.trials(model="small")
+    (whole,) = (trial for trial in found if trial.members)
+    assert len(found) == 3
+    speed = whole.scores["decode-speed"]
+    assert (speed.tasks, speed.parts, speed.noise) == (("chat", "qa"), (2.0, 0.5), 0.08)
+    assert speed.value == pytest.approx(2 / (1 / 2.0 + 1 / 0.5)), (
+        "half the time of one task, twice that of the other"
+    )
+    assert speed.bound == pytest.approx(2 / (1 / 2.1 + 1 / 0.6))
+    assert [run.key for run in whole.runs] == ["goose-chat", "goose-qa"]
+    assert [trial.runs for trial in found if not trial.members] == [(t,) for t in found if not t.members]
+
+
+def test_runs_whose_quality_is_of_another_task_stay_apart(db: Connection) -> None:
+    keep(
+        weights_run("flap", 0.2, 1.2, 11.0),
+        weights_run("flap", 0.2, 1.4, 11.0, dtype="bfloat16"),
+        timed_on("chat", 2.0, method="goose"),
+    )
+    assert [trial.members for trial in evidence.trials(model="small")] == [(), (), ()]
+
+
+def test_the_gain_is_told_task_by_task(db: Connection) -> None:
+    keep(
+        *(timed_on(task, gain, method="goose") for task, gain in (("chat", 1.04), ("qa", 0.8), ("rag", 1.5)))
+    )
+    (front,) = evidence.pareto(db, family="decoding")
+    assert front.by_task
+    assert front.unchanged
+    assert front.noise == front.noise_on("qa") == 0.05
+    (point,) = front.points
+    assert [(cell.task, cell.gain, cell.sure) for cell in point.cells] == [
+        ("chat", 1.04, 1.0),  # within the noise
+        ("qa", 0.8, 0.8),
+        ("rag", 1.5, 1.5),
+    ]
+    assert [cell.passes for cell in point.cells] == pytest.approx([1.08, 0.6, 2.0])
+    assert [cell.bound for cell in point.cells] == pytest.approx([1.14, 0.9, 1.6])
+
+
+def test_a_proof_stands_beside_the_gain(db: Connection) -> None:
+    keep(
+        *(
+            timed_on(task, 1.5, method=method)
+            for task in ("chat", "qa")
+            for method in ("goose", "rest", "medusa")
+        ),
+        proof_of("goose", 50, 50, parameters={"top_k": 3}),
+        proof_of("rest", 49, 50),
+        proof_of("medusa", 50, 50, device="cuda"),
+    )
+    (front,) = evidence.pareto(db, family="decoding")
+    points = {point.trial.method: point for point in front.points}
+    assert (points["goose"].proven.method, points["goose"].proven.dense) == (50, 50)
+    assert points["rest"].proven.value == pytest.approx(0.98)
+    assert points["medusa"].proven is None, "proven on another device only"
+    assert {method: point.unchanged for method, point in points.items()} == {
+        "goose": True, "rest": False, "medusa": True,
+    }  # fmt: skip
+    assert not front.unchanged
+    asked = {loss: evidence.recommend(db, "small", "decode", loss).picks for loss in (0.0, 0.02)}
+    assert [pick.method for pick in asked[0.0]] == ["goose", "medusa"]
+    assert [pick.method for pick in asked[0.02]] == ["goose", "medusa", "rest"]
+    assert "50 of 50 outputs compared one by one are the same" in asked[0.0][0].why
+
+
+def test_a_count_without_its_total_says_nothing(db: Connection) -> None:
+    keep(make_run(method="goose", model="small", measurements=proof_of("goose", 50, 50).measurements[1:]))
+    (trial,) = evidence.trials(model="small")
+    assert set(trial.scores) == {"tokens-per-step"}
+
+
+def test_several_tasks_say_more_than_one_friendly_prompt(db: Connection) -> None:
+    keep(
+        timed_on("my poem", 3.0, method="goose", parameters={"top_k": 3}, key="friendly"),
+        *(timed_on(task, gain, method="goose") for task, gain in (("chat", 1.0), ("qa", 1.1), ("rag", 1.6))),
+        *(timed_on(task, 1.02, method="rest") for task in ("chat", "qa", "rag")),  # within the noise
+        timed_on("my poem", 2.0, method="rest", parameters={"min_match": 3}, key="friendly too"),
+    )
+    (pick,) = evidence.recommend(db, "small", "decode", 0.0).picks
+    assert (pick.method, pick.gain.value) == ("goose", pytest.approx(3 / (1 + 1 / 1.1 + 1 / 1.6)))
+    assert "over 3 tasks, from 1.00× (chat) to 1.60× (rag)" in pick.why
+
+
 def test_recommendation_is_measured_then_like_then_card(db: Connection) -> None:
     keep(
         weights_run("flap", 0.2, 1.2, 10.1),
@@ -157,3 +250,23 @@ def test_unknown_words_are_refused(db: Connection) -> None:
     for asked in ({"goal": "beauty"}, {"quality": "beauty"}, {"family": "beauty"}):
         with pytest.raises(QueryError, match="beauty"):
             evidence.pareto(db, **asked)
+
+
+def test_cells_of_a_plan_that_differ_in_their_task_are_one_trial(as_catalog: Path) -> None:
+    """Speed in one cell, two abilities in two others: together they are one point."""
+    tasks = {
+        "": ("prefill-time", "ms", 20.0, 10.0),
+        "read": ("accuracy", "1", 0.8, 0.4),
+        "count": ("accuracy", "1", 0.5, 0.5),
+    }
+    for method, digest in (("fastv", "one"), ("divprune", "other")):
+        for task, (quantity, unit, dense, own) in tasks.items():
+            arms = (("dense", dense), ("method", own))
+            figures = tuple(Figure(quantity, arm, unit, value, task=task) for arm, value in arms)
+            keep(make_run(method=method, inputs={"task": task, TRIAL: digest}, measurements=figures))
+    found = {trial.method: trial for trial in evidence.trials(model="tiny-llama")}
+    scores = found["fastv"].scores
+    assert scores["accuracy"].tasks == ("count", "read")
+    assert scores["accuracy"].value == pytest.approx(0.75)
+    assert scores["prefill-time"].value == pytest.approx(2.0)
+    assert [len(found[name].runs) for name in ("fastv", "divprune")] == [3, 3]

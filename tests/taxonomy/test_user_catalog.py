@@ -375,14 +375,14 @@ def next_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The zoo of the future: one more revision, which adds a column."""
     folder = tmp_path / "migrations"
     shutil.copytree(paths.MIGRATIONS, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "versions" / "0002_mood.py").write_text(
-        "import sqlalchemy as sa\nfrom alembic import op\n\nrevision = '0002'\ndown_revision = '0001'\n\n\n"
+    (folder / "versions" / "0003_mood.py").write_text(
+        "import sqlalchemy as sa\nfrom alembic import op\n\nrevision = '0003'\ndown_revision = '0002'\n\n\n"
         "def upgrade():\n    op.add_column('run', sa.Column('mood', sa.String()))\n"
     )
 
     def switch() -> None:
         monkeypatch.setattr(paths, "MIGRATIONS", folder)
-        monkeypatch.setattr(files, "REVISION", "0002")
+        monkeypatch.setattr(files, "REVISION", "0003")
 
     return type("Future", (), {"begin": staticmethod(switch), "folder": folder})
 
@@ -394,7 +394,7 @@ def test_an_older_catalogue_is_upgraded_and_keeps_its_runs(either: str, next_rev
     record_run(make_run(key="after"))
     assert sorted(mine()) == ["after", "before"]
     assert ask("SELECT mood FROM run")[1] == [(None,), (None,)]
-    assert ask("SELECT version_num FROM alembic_version")[1] == [("0002",)]
+    assert ask("SELECT version_num FROM alembic_version")[1] == [("0003",)]
     assert ask("SELECT key FROM v_run ORDER BY key")[1] == [("after",), ("before",)]
 
 
@@ -403,14 +403,14 @@ def test_an_upgrade_that_fails_changes_nothing(
 ) -> None:
     record_run(make_run(key="before"))
     folder = next_revision.folder
-    with (folder / "versions" / "0002_mood.py").open("a") as file:
+    with (folder / "versions" / "0003_mood.py").open("a") as file:
         file.write("    op.execute('SELECT nonsense FROM nowhere')\n")
     next_revision.begin()
     with pytest.raises(CatalogError, match="nowhere"):
         record_run(make_run())
-    monkeypatch.setattr(files, "REVISION", "0001")
+    monkeypatch.setattr(files, "REVISION", "0002")
     assert "mood" not in ask("SELECT * FROM run")[0]
-    assert ask("SELECT version_num FROM alembic_version")[1] == [("0001",)]
+    assert ask("SELECT version_num FROM alembic_version")[1] == [("0002",)]
     assert ask("SELECT key FROM v_run")[1] == [("before",)]
 
 

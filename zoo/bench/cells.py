@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any
 
-from taxonomy.runs import Run
+from taxonomy.runs import TRIAL, Run
 from zoo.bench.environment import environment
 from zoo.bench.plan import Cell
 from zoo.bench.record import PROTOCOL
@@ -59,7 +59,7 @@ class Workshop:
                     progress=progress,
                     kept=self._kept,
                 )
-            row = {**stored_form(record), "inputs": {**record.inputs, "cell": cell.hash}}
+            row = {**stored_form(record), "inputs": {**record.inputs, "cell": cell.hash, TRIAL: cell.trial}}
             Run.from_json(row)  # what cannot be stored is found here, where it costs this cell only
         except Exception as error:
             self._kept = Kept()  # may be what filled the memory

@@ -32,7 +32,8 @@ def _missing_formulas() -> dict[Any, Callable[..., int]]:
 
 @torch.no_grad()
 def count_flops(work: Callable[[], Any]) -> int:
-    """FLOPs of ``work()`` (a multiply-add is two): matrix products, convolutions and fused attention.
+    """FLOPs of ``work()`` (a multiply-add is two): matrix products, convolutions, fused attention, and operators that
+    bring a formula of their own (:func:`zoo.models.selective_scan.scan_flops`).
 
     Element-wise operations, norms and sorting are not counted, as usual.
     """

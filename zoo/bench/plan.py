@@ -206,11 +206,19 @@ class Cell(_Frozen):
     @cached_property
     def hash(self) -> str:
         """Digest of everything that is asked: equal cells give comparable figures, and are run once."""
-        asked = self.model_dump(mode="json")
-        asked["parameters"] = make_method(self.method, **self.parameters).parameters()
-        asked["task"] = self.task.complete
-        del asked["settings"]["timeout"], asked["budget"]
-        return digest([asked, PROTOCOL])
+        return digest([{**self._subject, "task": self.task.complete}, PROTOCOL])
+
+    @cached_property
+    def trial(self) -> str:
+        """The same without the task: figures of cells that share it speak of one thing."""
+        return digest([self._subject, PROTOCOL])
+
+    @cached_property
+    def _subject(self) -> dict[str, Any]:
+        subject = self.model_dump(mode="json", exclude={"task", "budget"})
+        subject["parameters"] = make_method(self.method, **self.parameters).parameters()
+        del subject["settings"]["timeout"]
+        return subject
 
     @property
     def group(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from taxonomy import evidence, queries
-from taxonomy.evidence import Front, Recommendation
+from taxonomy.evidence import Front, Point, Recommendation, Score
 from zoo.cli.output import YES, Column, Json, counted, print_json, print_table, terminal
 from zoo.cli.plotting import scatter
 
@@ -34,6 +35,7 @@ def pareto(
 ) -> None:
     """Draw the quality kept against the realised gain, and mark the methods nothing else beats in both.
 
+    Where a gain was measured task by task, the table has the tasks, and where nothing was lost, there is no drawing.
     Only runs on the same model, hardware, number format, data and protocol share a plot.
     """
     found = evidence.pareto(
@@ -72,21 +74,43 @@ def _print_front(front: Front, console: Console) -> None:
             Text(f" {setting}; protocol {front.protocol}", style="dim"),
             sep="",
         )
-        placed = [(1.0, 1.0, "○")]
-        placed += [(p.gain.credited, p.quality.value, mark) for p, mark in zip(points, marks, strict=True)][
-            ::-1
-        ]
-        lines = scatter(
-            placed,
-            width=max(20, min(console.width - 12, 100)),
-            height=PLOT_HEIGHT,
-            across=f"{front.gain}, times better",
-            up=f"{front.quality}, share kept",
+        if not (
+            front.by_task and front.unchanged
+        ):  # else all would lie at one height, and the tasks say more
+            _draw(front, points, marks, console)
+    columns, cells = _task_table(front, points) if front.by_task else _plain_table(front, points)
+    rows = [(mark, *row) for mark, row in zip(marks, cells, strict=True)]
+    if front.by_task:
+        foot = (
+            f"{front.gain} is over all tasks, each taking the unmodified model equally long; * is faster beyond the "
+            f"noise ({front.noise:.1%}); kept is {front.quality}."
         )
-        for line in lines:
-            console.print(Text(line), no_wrap=True, crop=True)
-    columns = (
-        Column("", "bold"),
+    else:
+        tasks = "; ".join(text for text in (*front.gain_tasks, *front.quality_tasks) if text)
+        foot = f"○ is the unmodified model. Measured on: {tasks}."
+    if any(point.gain.suspect for point in points):
+        foot += " ! lies above its bound: an error of measurement, credited with the bound."
+    print_table([Column("", "bold"), *columns], rows, foot=foot, console=console)
+
+
+def _draw(front: Front, points: Sequence[Point], marks: Sequence[str], console: Console) -> None:
+    placed = [(p.gain.credited, p.quality.value, mark) for p, mark in zip(points, marks, strict=True)]
+    lines = scatter(
+        [(1.0, 1.0, "○"), *reversed(placed)],
+        width=max(20, min(console.width - 12, 100)),
+        height=PLOT_HEIGHT,
+        across=f"{front.gain}, times better",
+        up=f"{front.quality}, share kept",
+    )
+    for line in lines:
+        console.print(Text(line), no_wrap=True, crop=True)
+
+
+Cells = list[tuple[str, ...]]
+
+
+def _plain_table(front: Front, points: Sequence[Point]) -> tuple[list[Column], Cells]:
+    columns = [
         Column("method", "bold cyan"),
         Column("setting"),
         Column(front.gain, "", "right"),
@@ -95,29 +119,56 @@ def _print_front(front: Front, console: Console) -> None:
         Column(front.quality, "dim", "right", 110),
         Column("best", "green", "center"),
         Column("run", "dim", "left", 130),
-    )
-    rows = [
+    ]
+    return columns, [
         (
-            mark,
             point.trial.method,
             point.trial.setting_text,
-            f"{point.gain.value:.2f}×{'!' if point.gain.suspect else ''}",
+            _times(point.gain),
             "" if point.gain.bound is None else f"{point.gain.bound:.2f}×",
             f"{point.quality.value:.1%}",
             "" if point.quality.method is None else f"{point.quality.method:.4g}",
             YES if point.best else "",
             point.trial.key[:8],
         )
-        for mark, point in zip(marks, points, strict=True)
+        for point in points
     ]
-    tasks = "; ".join(text for text in (*front.gain_tasks, *front.quality_tasks) if text)
-    doubt = (
-        " ! lies above its bound: an error of measurement, credited with the bound."
-        if any(point.gain.suspect for point in points)
-        else ""
-    )
-    foot = f"○ is the unmodified model. Measured on: {tasks}.{doubt}"
-    print_table(columns, rows, foot=foot, console=console)
+
+
+def _task_table(front: Front, points: Sequence[Point]) -> tuple[list[Column], Cells]:
+    """The gain on each task."""
+    columns = [
+        Column("method", "bold cyan"),
+        Column("setting", "", "left", 140),
+        Column(front.gain, "bold", "right"),
+        *(Column(task, "", "right") for task in front.gain_tasks),
+        Column("tokens/pass", "dim", "right", 130),
+        Column("kept", "", "right"),
+        Column("run", "dim", "left", 150),
+    ]
+    return columns, [
+        (
+            point.trial.method,
+            point.trial.setting_text,
+            _times(point.gain),
+            *(f"{cell.gain:.2f}×{'*' if cell.sure > 1 else ''}" for cell in point.cells),
+            "" if point.passes is None else f"{point.passes:.2f}",
+            _kept(point),
+            point.trial.key[:8],
+        )
+        for point in points
+    ]
+
+
+def _kept(point: Point) -> str:
+    """The share that is kept, or how many outputs of a proof are the unmodified model's."""
+    if point.proven is None:
+        return f"{point.quality.value:.1%}"
+    return f"{point.proven.method:.0f}/{point.proven.dense:.0f}"
+
+
+def _times(gain: Score) -> str:
+    return f"{gain.value:.2f}×{'!' if gain.suspect else ''}"
 
 
 def recommend(

@@ -159,7 +159,7 @@ def _figures(method: str | None, model: str | None, own: bool) -> Table:
 
 
 def _pivot(method: str | None, model: str | None, own: bool) -> Table:
-    """One row per finished run with its gains and the quality it keeps, for a table in a paper."""
+    """One row per method and setting with its gains and the quality it keeps, for a table in a paper."""
     from taxonomy.evidence import ALL_GAINS, QUALITIES, trials
 
     found = trials(model=model, methods=[method] if method else None)

@@ -1,4 +1,4 @@
-"""``zoo reference``: train the reference VLM, examine it, and look at what it is shown."""
+"""``zoo reference``: train the reference models, examine the VLM, and look at what it is shown."""
 
 from __future__ import annotations
 
@@ -80,6 +80,33 @@ def _tell(stretch: str, step: Step) -> None:
             f"{stretch} {step.step}/{step.steps}  loss {step.loss:.3f}  {step.speed:.0f} {step.unit}/s",
             err=True,
         )
+
+
+@app.command("train-probe")
+def train_probe(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of head and record.")],
+    pictures: Annotated[
+        int, typer.Option("--pictures", min=10, help="Training pictures that the head is fitted to.")
+    ] = 5000,
+    judged: Annotated[
+        int, typer.Option("--judged", min=1, help="Test pictures that the classifier is judged on.")
+    ] = 1000,
+) -> None:
+    """Fit the linear head of the reference classifier on CIFAR-10.
+
+    It writes DIR/dinov2-small-cifar10.safetensors and its record. Put both into zoo/reference/weights to make the head
+    the one that is loaded.
+    """
+    from zoo.cli.running import progress_line
+    from zoo.reference.classifier import fit
+
+    with progress_line() as show:
+        record = fit(output, fitted=pictures, judged=judged, progress=show)
+    low, high = record.interval
+    typer.echo(
+        f"accuracy {record.accuracy:.3f} ({low:.3f} to {high:.3f}) on {record.judged} test pictures; leave-one-out "
+        f"{record.left_out:.3f} on the {record.fitted} it was fitted to, ridge strength {record.strength:g}"
+    )
 
 
 @app.command("eval")

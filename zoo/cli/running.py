@@ -273,7 +273,7 @@ def models(as_json: Json = False) -> None:
                     "licence": model.licence or None,
                     "megabytes": model.megabytes,
                     "hub": model.hub,
-                    "package": None if model.package is None else model.package.label,
+                    "package": " + ".join(file.label for file in model.packages) or None,
                     "random": model.random,
                     "cached": model.cached,
                     "caveat": model.caveat or None,

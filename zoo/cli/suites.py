@@ -71,7 +71,7 @@ def evaluate_suite(
     if store and not interrupted:
         record_summaries(suite, found)
     if interrupted:
-        _say_interrupted([one.name for one in datasets], len(trials), found, store and method is not None)
+        _say_interrupted([one.name for one in datasets], len(trials), found, store)
         raise typer.Exit(130)
     failed = sorted({one.dataset.name for one in found if one.error is not None})
     if failed:

@@ -132,10 +132,11 @@ class BlockView:
             ``[B, H, R, N]`` in float32, without the noise of attention dropout.
         """
         seen = self.seen
-        query, key = seen.query[:, :, rows].float(), seen.key.float()
+        # Scaled before the product, and the mask added in place: a map is the largest tensor here.
+        query, key = seen.query[:, :, rows].float() * seen.scaling, seen.key.float()
         batch, heads, count, _ = query.shape
         grouped = query.unflatten(1, (key.shape[1], -1))
-        scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)).view(batch, heads, count, -1) * seen.scaling
+        scores = (grouped @ key.unsqueeze(2).transpose(-1, -2)).view(batch, heads, count, -1)
         mask = seen.mask
         if mask is None:
             return scores.softmax(-1)
@@ -143,8 +144,8 @@ class BlockView:
             mask = mask[:, None, None].bool()
         mask = mask[:, :, rows] if mask.shape[2] > 1 else mask
         if mask.dtype == torch.bool:
-            return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
-        return (scores + mask.float()).softmax(-1)
+            return scores.masked_fill_(~mask, torch.finfo(scores.dtype).min).softmax(-1)
+        return scores.add_(mask).softmax(-1)
 
 
 @dataclass(frozen=True)

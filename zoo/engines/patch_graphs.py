@@ -5,6 +5,7 @@ Pure tensor functions, batched.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -50,9 +51,13 @@ def nearest_neighbours(x: torch.Tensor, count: int) -> torch.Tensor:
     """
     feature = normalize(x.detach().float(), dim=-1)
     likeness = feature @ feature.transpose(1, 2)
-    threshold = likeness.topk(min(count + 1, x.shape[1]), dim=-1).values[..., -1:]
+    last = max(0, x.shape[1] - 1 - count)  # in rising order; a patch is most similar to itself
+    if x.device.type == "cpu":  # four times faster than topk there
+        lowest = torch.from_numpy(np.partition(likeness.numpy(), last)[..., last])
+    else:
+        lowest = likeness.kthvalue(last + 1).values
     itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-    return (likeness >= threshold) & ~itself
+    return (likeness >= lowest.unsqueeze(-1)) & ~itself
 
 
 def normalised(adjacency: torch.Tensor) -> torch.Tensor:
@@ -76,17 +81,44 @@ def sparsified(attention: torch.Tensor, kept: float) -> torch.Tensor:
     count = int(attention.shape[-1] ** 2 * (1 - kept))
     if count < 1:
         return attention
-    threshold = _smallest(attention.detach().flatten(2), count)
-    # On a CPU a product is twice as fast as filling under a mask.
-    return attention * (attention >= threshold[..., None, None])
+    if attention.device.type != "cpu" or attention.requires_grad:
+        lowest = attention.detach().flatten(2).kthvalue(count, dim=-1).values
+        return attention * (attention >= lowest[..., None, None])
+    # Map by map: a threshold that is one number is several times faster than a mask.
+    sparse = torch.empty_like(attention, memory_format=torch.contiguous_format)
+    for full, thin in zip(attention.flatten(0, 1), sparse.flatten(0, 1), strict=True):
+        below = np.nextafter(np.float32(_smallest(full, count)), np.float32(-np.inf))
+        torch.threshold(full, float(below), 0.0, out=thin)
+    return sparse
 
 
-def _smallest(x: torch.Tensor, count: int) -> torch.Tensor:
-    """The ``count``-th smallest value of each row of ``x [B, H, n]`` (float32): ``[B, H]``."""
-    if x.device.type != "cpu":
-        return x.kthvalue(count, dim=-1).values
-    # The same value, found in half the time.
-    return torch.from_numpy(np.partition(x.numpy(), count - 1, axis=-1)[..., count - 1])
+_EVERY = 127
+"""Of so many values one is compared with all others."""
+
+
+def _smallest(x: torch.Tensor, count: int) -> float:
+    """The ``count``-th smallest value of ``x`` (float32, on a CPU, any shape); NaN if NaN are among its values.
+
+    A few values, in order, are compared with all others until two neighbours have it between them; where to look next
+    is interpolated, so that takes about four comparisons. Only what lies between is sorted: on a CPU this is several
+    times faster than a partition of all.
+    """
+    values = x.detach().flatten().numpy()
+    steps = np.sort(values[::_EVERY])
+    low, high, below, above = -1, len(steps), 0, len(values)
+    while high - low > 1:
+        guess = low + round((count - below) / (above - below) * (high - low))
+        place = min(max(guess, low + 1), high - 1)
+        less = int(np.count_nonzero(values < steps[place]))
+        if less < count:
+            low, below = place, less
+        else:
+            high, above = place, less
+    between = values >= (steps[low] if low >= 0 else -np.inf)
+    if high < len(steps):
+        between &= values < steps[high]
+    found, rank = values.compress(between), count - 1 - below
+    return float(np.partition(found, rank)[rank]) if rank < len(found) else math.nan
 
 
 def standing(attention: torch.Tensor, rule: Rule, prefix: int) -> torch.Tensor:

@@ -12,8 +12,13 @@ from functools import cached_property
 import torch
 
 
-def _expand(index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return index.reshape(*index.shape, *([1] * (x.dim() - 2))).expand(-1, -1, *x.shape[2:])
+def _rows(index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``x [B, N, ...]`` at ``index [B, K]``: ``[B, K, ...]``.
+
+    Flat row indices: on a CPU several times faster than gathering with an index for every channel.
+    """
+    first = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=x.device).unsqueeze(1)
+    return x.flatten(0, 1).index_select(0, (index + first).flatten()).view(*index.shape, *x.shape[2:])
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Keep:
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """``x [B, N, ...]`` -> ``[B, K, ...]``."""
-        return x.gather(1, _expand(self.index, x))
+        return _rows(self.index, x)
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Merge:
         kind = torch.promote_types(x.dtype, torch.float32)
         weighted = x * self.weight.to(kind).unsqueeze(-1)
         out = weighted.new_zeros(x.shape[0], self.length + 1, x.shape[2])
-        out = out.scatter_add(1, _expand(slot, x), weighted)[:, :-1]
+        out = out.scatter_add(1, slot.unsqueeze(-1).expand_as(x), weighted)[:, :-1]
         if self.normalise:
             out = out / self.sizes().to(kind).unsqueeze(-1)
         return out.to(x.dtype)
@@ -138,15 +143,11 @@ class Join:
         if self.normalise:
             staying, joining = staying / self._total, joining / self._total.gather(1, self.target)
         kind = torch.promote_types(x.dtype, torch.float32)
-        # Flat row indices: on a CPU several times faster than an index for every channel.
+        out = _rows(self.anchor, x) * staying.unsqueeze(-1).to(kind)
+        moved = _rows(self.moved, x) * joining.unsqueeze(-1).to(kind)
         rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
-        flat = x.flatten(0, 1)
-        out = flat.index_select(0, (self.anchor + rows * self.tokens).flatten())
-        out = out * staying.flatten().unsqueeze(1).to(kind)
-        moved = flat.index_select(0, (self.moved + rows * self.tokens).flatten())
-        moved = moved * joining.flatten().unsqueeze(1).to(kind)
-        out.index_add_(0, (self.target + rows * self.length).flatten(), moved)
-        return out.view(x.shape[0], self.length, -1).to(x.dtype)
+        out.flatten(0, 1).index_add_(0, (self.target + rows * self.length).flatten(), moved.flatten(0, 1))
+        return out.to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -228,8 +229,8 @@ class Absorb:
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """``x [B, N, D]`` -> ``[B, K, D]``, in the type of ``x``; half precision is summed in float32."""
         kind = torch.promote_types(x.dtype, torch.float32)
-        moved = x.gather(1, _expand(self.moved, x)).to(kind)
-        return (x.gather(1, _expand(self.anchor, x)) + self.share.to(kind) @ moved).to(x.dtype)
+        staying, moved = _rows(self.anchor, x).to(kind), _rows(self.moved, x).to(kind)
+        return torch.baddbmm(staying, self.share.to(kind), moved).to(x.dtype)
 
 
 @dataclass(frozen=True)

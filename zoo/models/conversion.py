@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 
 from zoo.errors import DownloadFailed, NeedsExtra, RunFailed
 from zoo.models.names import KnownModel
-from zoo.models.packages import fetch, locked, progress
+from zoo.models.packages import PackageFile, fetch, locked, progress
 from zoo.models.quiet import quiet_transformers
 
 Recipe = Callable[[Path, Path], None]
@@ -29,8 +30,8 @@ Recipe = Callable[[Path, Path], None]
 def converted(model: KnownModel) -> Path:
     """The folder with the converted weights of ``model``; fetches and converts them when they are not there yet.
 
-    The fetched member is deleted after the conversion: its folder has all that is needed, and ``origin.json`` in it
-    names package, version, member and digest.
+    What was fetched is deleted after the conversion: its folder has all that is needed, and ``origin.json`` in it
+    names packages, versions, members and digests.
 
     Raises:
         DownloadFailed: the package could not be fetched or kept.
@@ -51,7 +52,7 @@ def converted(model: KnownModel) -> Path:
         recipe = _RECIPES[model.recipe[0]]
         if recipe is dinov2_onnx:
             _onnx()  # ask for the missing library before 90 MB are fetched
-        member = fetch(source)
+        members = [fetch(part) for part in model.packages]
         try:
             with (
                 TemporaryDirectory(prefix="incoming-", dir=parent) as work,
@@ -60,23 +61,44 @@ def converted(model: KnownModel) -> Path:
                 written = Path(work) / "model"
                 written.mkdir()
                 with quiet_transformers():
-                    recipe(member, written)
+                    recipe(_joined(members, Path(work)), written)
                 origin = {
-                    "package": source.package,
-                    "version": source.version,
-                    "registry client": source.kind,
-                    "member": source.member,
-                    "sha256": source.sha256,
+                    **_origin(source),
                     "licence": model.licence,
                     "caveat": model.caveat,
+                    **({"continued in": [_origin(part) for part in model.rest]} if model.rest else {}),
                 }
                 (written / "origin.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
                 written.replace(folder)
         except OSError as error:
             reason = error.strerror or str(error).splitlines()[0]
             raise DownloadFailed(f"could not keep the converted {model.name}: {reason.lower()}") from None
-        shutil.rmtree(member.parent, ignore_errors=True)
+        for member in members:
+            shutil.rmtree(member.parent, ignore_errors=True)
     return folder
+
+
+def _origin(file: PackageFile) -> dict[str, str]:
+    """Where a file came from."""
+    return {
+        "package": file.package,
+        "version": file.version,
+        "registry client": file.kind,
+        "member": file.member,
+        "sha256": file.sha256,
+    }
+
+
+def _joined(members: Sequence[Path], work: Path) -> Path:
+    """One file with the bytes of all ``members``: the only one itself, or a new one in ``work``."""
+    if len(members) == 1:
+        return members[0]
+    whole = work / "joined"
+    with whole.open("wb") as sink:
+        for member in members:
+            with member.open("rb") as part:
+                shutil.copyfileobj(part, sink)
+    return whole
 
 
 # --- Llama in GGUF --------------------------------------------------------------------------------------------
@@ -97,15 +119,15 @@ _GGUF_NAMES = {
 }
 
 
-def llama_gguf(member: Path, folder: Path) -> None:
-    """A Llama in GGUF, quantised or not, to fp32 safetensors with its tokenizer.
+def llama_gguf(member: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """A Llama in GGUF, quantised or not, to safetensors of type ``dtype`` with its tokenizer.
 
     The matrices are restored here, with the ``gguf`` library, rather than by ``from_pretrained(gguf_file=...)``: that
     way needs accelerate, and on machines with packed kernels it keeps the matrices packed, so that they can be neither
     saved nor pruned.
     """
     from gguf import GGUFReader, dequantize
-    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     where, name = str(member.parent), member.name
     AutoTokenizer.from_pretrained(where, gguf_file=name).save_pretrained(folder)
@@ -117,11 +139,12 @@ def llama_gguf(member: Path, folder: Path) -> None:
         if part in ("attn_q", "attn_k"):
             heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
             weight = _half_split(weight, heads)
+        weight = weight.to(dtype)
         prefix = f"model.layers.{layer[1]}." if layer else ""
         state[f"{prefix}{_GGUF_NAMES[part]}.{kind}"] = weight
     config.tie_word_embeddings = "lm_head.weight" not in state
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.load_state_dict(state, strict=True)
     model.save_pretrained(folder)
 
@@ -361,6 +384,7 @@ def transformers_folder(member: Path, folder: Path) -> None:
 
 _RECIPES: dict[str, Recipe] = {
     "llama_gguf": llama_gguf,
+    "llama_gguf_half": partial(llama_gguf, dtype=torch.float16),  # where fp32 would only take room
     "llama2c": llama2c,
     "dinov2_onnx": dinov2_onnx,
     "transformers_folder": transformers_folder,

@@ -147,7 +147,7 @@ def _known(model: KnownModel, source: Source | None) -> _Place:
         raise BadInput(f"{model.name} has no {source} source")
     facts = {"licence": model.licence}
     if model.parts:
-        from zoo.reference.assembly import assembled
+        from zoo.reference.keeping import assembled
 
         facts |= {"source": "package", "assembled": " + ".join(model.parts), "caveat": model.caveat}
         folder = assembled(model)
@@ -171,7 +171,8 @@ def _packaged(model: KnownModel) -> _Place:
 
     assert model.package is not None
     folder = converted(model)
-    facts = {"source": "package", "package": model.package.label, "licence": model.licence}
+    labels = " + ".join(file.label for file in model.packages)
+    facts = {"source": "package", "package": labels, "licence": model.licence}
     if model.caveat:
         facts["caveat"] = model.caveat
     return _Place(folder, f"sha256:{model.package.sha256}", facts)

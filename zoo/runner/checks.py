@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from zoo.errors import BadInput
+from zoo.interface import Method
 from zoo.runner.request import DRAWN, Job
 from zoo.scenes import check_files
 
@@ -16,6 +17,8 @@ def check_request(job: Job) -> None:
     Raises:
         BadInput: it does not fit the method, a file is not there, or a target cannot be written.
     """
+    if not job.methods and job.request.task is None:
+        raise BadInput("without a method there is nothing to set beside the model; give a task to ask it")
     _check_pictures(job)
     _check_prompt(job)
     _check_drafting(job)
@@ -54,7 +57,7 @@ def _check_drafting(job: Job) -> None:
     if job.request.draft is not None and not drafters:
         raise BadInput(f"{job.method.name} drafts nothing; leave out the draft model")
     for method in drafters:
-        if job.request.draft is None and getattr(method, "draft_model", "") is None:
+        if job.request.draft is None and needs_draft(method):
             raise BadInput(
                 f"{method.slug} needs a draft model with the target's tokenizer: give --draft MODEL, or --draft "
                 "flap:sparsity=0.3 for a pruned copy of the target"
@@ -64,6 +67,11 @@ def _check_drafting(job: Job) -> None:
                 f"{method.slug} needs heads trained for this very model: run zoo train {method.slug} --model MODEL "
                 f"--output DIR, then zoo run {method.slug} --heads DIR"
             )
+
+
+def needs_draft(method: Method) -> bool:
+    """Whether a decoder drafts with a model of its own, and names none."""
+    return getattr(method, "draft_model", "") is None
 
 
 def _check_pruning(job: Job) -> None:

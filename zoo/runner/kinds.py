@@ -44,7 +44,7 @@ def kind_of(methods: Sequence[Method], model: str | LoadedModel | None, who: str
     """What the methods act on. A short name of another kind of model is refused before it is loaded.
 
     Args:
-        methods: at least one.
+        methods: none = the unmodified model alone.
         model: reference or loaded model; ``None`` = the default.
         who: subject of the refusal; by default the methods' names.
 
@@ -55,6 +55,8 @@ def kind_of(methods: Sequence[Method], model: str | LoadedModel | None, who: str
     kind, given = _made_for(phases), _given(model)
     if given in (None, kind):
         return kind
+    if not methods:
+        return given
     if given == "vlm" and (kind == "image" or "decoding" in phases):
         return "vlm"
     if given == "embedding" and phases in ({"weights"}, {"cache"}):
@@ -64,6 +66,14 @@ def kind_of(methods: Sequence[Method], model: str | LoadedModel | None, who: str
     raise Refused(
         f"{names} works on {_IN_WORDS[kind]}, and {ref} is {_IN_WORDS[given]}; zoo models lists models of each kind"
     )
+
+
+def usual_draft(model: str | LoadedModel | None) -> str | None:
+    """Short name of the small model that drafts for ``model`` when none is named; ``None`` where none is known."""
+    from zoo.models.names import KNOWN
+
+    known = KNOWN.get(model if isinstance(model, str) else getattr(model, "ref", ""))
+    return None if known is None else known.draft
 
 
 def _made_for(phases: Collection[str]) -> Kind:

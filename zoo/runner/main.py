@@ -7,6 +7,7 @@ targets that cannot be written.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from zoo.bench.record import RunRecord
@@ -14,8 +15,8 @@ from zoo.bench.settings import Settings
 from zoo.errors import BadInput, RunFailed
 from zoo.interface import Method, Stack
 from zoo.interface import method as make_method
-from zoo.runner.checks import check_request
-from zoo.runner.kinds import kind_of
+from zoo.runner.checks import check_request, needs_draft
+from zoo.runner.kinds import kind_of, usual_draft
 from zoo.runner.request import Job, Request
 from zoo.runner.storing import finish
 
@@ -48,7 +49,7 @@ def run(
     """Apply a method to a model and measure both side by side.
 
     Args:
-        spec: a method, a slug, or slugs joined by ``+``.
+        spec: a method, a slug, or slugs joined by ``+``; ``Stack([])`` puts a task to the unmodified model alone.
         model: reference or loaded model; ``None`` = the default of the method's family.
         request: prompt, pictures, calibration, seed, targets ...
         settings: how much to measure.
@@ -73,6 +74,8 @@ def run(
     methods = method.methods if isinstance(method, Stack) else [method]
     if model is None:
         model = next((method.default_model for method in methods if method.default_model), None)
+    if request.draft is None and any(needs_draft(method) for method in methods):
+        request = replace(request, draft=usual_draft(model))
     job = Job(
         method,
         kind_of(methods, model),

@@ -62,15 +62,16 @@ def measure(job: Job, session: Session, loaded: LoadedModel, draft: Draft) -> No
 
 
 def _ask(job: Job, session: Session, loaded: LoadedModel, draft: Draft, task: Task) -> None:
-    """Put the task to the dense model and to the method."""
+    """Put the task to the dense model and, if there is one, to the method."""
     record = session.record
     record.inputs["task"] = {"name": task.name, **task.model_dump(mode="json")}
     draft = made_draft(job, draft, loaded)
-    arm = _method_arm(job, pruned_model(job, record, loaded), draft)
+    arm = _method_arm(job, pruned_model(job, record, loaded), draft) if job.methods else None
     desk = Desk(job.request.seed, job.progress, job.kept)
     for row in task.run(Arm(loaded), arm, desk):
         record.comparisons.append(row)
-    record.reports += arm.reports
+    if arm is not None:
+        record.reports += arm.reports
 
 
 def _side_by_side(job: Job, session: Session, loaded: LoadedModel, draft: Draft) -> None:

@@ -67,7 +67,7 @@ def begin_record(job: Job, loaded: LoadedModel) -> RunRecord:
         dtype=str(loaded.dtype).removeprefix("torch."),
         seed=job.request.seed,
         environment=environment(device, getattr(config, "_attn_implementation", None)),
-        command=command_line(job.method.name, loaded.ref, job.request, job.settings),
+        command=command_line(job.method.name, loaded.ref, job.request, job.settings) if job.methods else "",
     )
     caveat = loaded.facts.get("caveat")
     if caveat:

@@ -38,7 +38,7 @@ class Request:
             ``None`` = packaged news.
         calibration_windows: windows of ``CALIBRATION_LENGTH`` tokens drawn from it.
         draft: draft model of decoders that need one: a reference, or ``METHOD:name=value,...`` for a copy of the target
-            pruned with that weight method.
+            pruned with that weight method. ``None`` = the one that ``zoo.models.names`` knows for the target, if any.
         device, dtype: as in ``load_model``; ``None`` = its defaults.
         seed: of calibration windows and of everything random.
         save: folder for the pruned model; must not exist, or be empty.

@@ -5,8 +5,8 @@
     for found in examine("llava-hf/llava-1.5-7b-hf", load_suite("uniprunebench"), trials_of("divprune")):
         print(found.dataset.name, found.trial.label, found.result)
 
-Each result is stored as it comes: as a run of the method that was asked the task ``benchmark``. Once a suite is
-through, ``record_summaries`` stores its own figures as one more run.
+Each result is stored as it comes: as a run of the method, or of ``dense`` for the model alone, that was asked the task
+``benchmark``. Once a suite is through, ``record_summaries`` stores its own figures as one more run.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from zoo.suites.tables import Dataset, Suite
 
 if TYPE_CHECKING:
     from zoo.bench.session import Progress
+    from zoo.bench.tasks import Desk
     from zoo.models import LoadedModel
 
 BUDGET = "keep_ratio"
@@ -91,7 +92,7 @@ class Found:
         result: ``None`` when it failed; ``error`` says why.
         kept: fractions of the visual tokens left, as the method reports them for the last questions: the mean over
             decoder layers, and in the last one.
-        record: of the run, where a method was set beside the model.
+        record: of the run; ``None`` when it failed.
     """
 
     dataset: Dataset
@@ -133,7 +134,7 @@ def examine(
         timed: questions of each on which speed is measured; ``None`` = as the suite says.
         seed: of everything random.
         device, dtype: as in ``load_model``.
-        store: keep runs in the user's catalogue; of the model alone nothing is kept, which is no run of a method.
+        store: keep runs in the user's catalogue.
         progress: called with what is done.
 
     Raises:
@@ -202,18 +203,13 @@ def _loaded(model: str | LoadedModel, device: str | None, dtype: str | None, tel
 
 
 def _ask(
-    loaded: LoadedModel, dataset: Dataset, task: Benchmark, trial: Trial, desk: Any, store: bool
+    loaded: LoadedModel, dataset: Dataset, task: Benchmark, trial: Trial, desk: Desk, store: bool
 ) -> Found:
-    from zoo.bench.session import Arm
-    from zoo.models.quiet import quiet_transformers
     from zoo.runner import Request, run
 
-    if trial.method is None:
-        with quiet_transformers():
-            comparisons = task.run(Arm(loaded), None, desk)
-        return Found(dataset, trial, 0.0, result_of(dataset, comparisons), comparisons=comparisons)
+    method = Stack([]) if trial.method is None else trial.method
     request = Request(seed=desk.seed, task=task, store=store)
-    record = run(trial.method, loaded, request, progress=desk.progress, kept=desk.kept)
+    record = run(method, loaded, request, progress=desk.progress, kept=desk.kept)
     return Found(
         dataset,
         trial,

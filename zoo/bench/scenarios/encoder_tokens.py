@@ -1,4 +1,4 @@
-"""Fewer tokens in a vision encoder: time per image against its bound, and how far the features move."""
+"""Fewer tokens in a vision encoder: time per image against its bound, how far features move, what accuracy is lost."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ from zoo.bench.flops import count_flops
 from zoo.bench.quality import cosine
 from zoo.bench.record import Figure
 from zoo.bench.session import Arm, Session
+from zoo.bench.tasks import Desk
+from zoo.bench.tasks.pictures import ImageClassification, set_of
 from zoo.bench.timing import summarise
+from zoo.errors import DownloadFailed
 from zoo.families.encoder_tokens import AppliedEncoder
 from zoo.interface import Applied
+
+SHOWN = 100
+"""Pictures on which accuracy is measured; the task ``image-classification`` shows more."""
 
 
 def measure_encoder_tokens(session: Session, dense: Arm, method: Arm, inputs: Mapping[str, Any]) -> None:
@@ -35,6 +41,7 @@ def measure_encoder_tokens(session: Session, dense: Arm, method: Arm, inputs: Ma
             flops[name] = count_flops(work) / 1e9 / images
         session.progress("counting FLOPs", len(flops), 2)
     _features(session, arms, inputs, task)
+    _accuracy(session, dense, method)
 
     samples = session.time("timing the encoder", {name: arm.version(inputs) for name, arm in arms.items()})
     session.add(
@@ -75,6 +82,18 @@ def _features(session: Session, arms: Mapping[str, Arm], inputs: Mapping[str, An
     if classes[0] is not None and classes[1] is not None:
         _similarity(session, "cosine-cls", cosine(classes[0], classes[1]), task)
     _similarity(session, "cosine-mean", cosine(found["dense"][1], found["method"][1]), task)
+
+
+def _accuracy(session: Session, dense: Arm, method: Arm) -> None:
+    """Accuracy and loyalty on held-out pictures, of classifiers whose classes are those of a packaged set."""
+    data = set_of(dense.loaded)
+    if data is None:
+        return
+    task = ImageClassification(data=data, limit=SHOWN)
+    try:
+        session.record.comparisons += task.run(dense, method, Desk(progress=session.progress))
+    except DownloadFailed as error:
+        session.note(f"Accuracy was not measured, for want of pictures: {error}.")
 
 
 def _sizes(applied: Applied, tokens: int) -> torch.Tensor | None:

@@ -113,7 +113,8 @@ class GTPViT(EncoderTokenReducer):
                     "and columns of patches"
                 )
             adjacency |= grid_neighbours(rows, columns, patches.device)
-        return normalised(adjacency)
+        # Read by columns, so columns lie in one piece.
+        return normalised(adjacency).mT.contiguous().mT
 
     def attend(self, view: BlockView) -> torch.Tensor:
         """Attention without its smallest entries; the map is kept for the choice that follows."""
@@ -140,8 +141,9 @@ class GTPViT(EncoderTokenReducer):
         kept, gone = order[:, :-count], order[:, -count:]
         rows, columns = patches.gather(1, kept), patches.gather(1, gone)
         view.memory["patches"] = rows
-        samples = torch.arange(len(graph), device=graph.device)[:, None, None]
-        share = self.alpha * graph[samples, rows.unsqueeze(2), columns.unsqueeze(1)]
+        samples = torch.arange(len(graph), device=graph.device).unsqueeze(1)
+        given = graph.mT[samples, columns].gather(2, rows.unsqueeze(1).expand(-1, count, -1))
+        share = self.alpha * given.mT
         if view.valid is not None:  # padding has nothing to give
             share = share * view.valid.gather(1, gone + view.prefix).unsqueeze(1)
         share = pad(share, (0, 0, view.prefix, 0))
