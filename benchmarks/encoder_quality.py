@@ -1,7 +1,7 @@
 """Accuracy against tokens kept: every encoder method at several budgets, on a trained ViT-S/14 and real photographs.
 
 Run: ``python benchmarks/encoder_quality.py [--methods tome evit] [--train 2000] [--test 500] [--size 112] [--out FILE]
-[--table]``.
+[--table] [--trained FOLDER]``.
 
 The encoder (``dinov2-small-saliency``) stays as it is. A linear probe (ridge regression; strength by leave-one-out) is
 fitted once on what the dense encoder says about ``--train`` CIFAR-10 photographs: [CLS] beside the mean patch. It then
@@ -10,7 +10,9 @@ anew. Tokens that stand for several count as many times in the mean patch.
 
 Cells are appended to FILE as they finish, in the form of ``taxonomy/measurements``; those already in it with the same
 settings are not run again. ``--table`` only prints what FILE holds. Methods that must be trained first, or that need
-another kind of model, are passed over with their own reason.
+another kind of model, are passed over with their own reason. ``--trained`` measures such a method on the encoder that
+``zoo train`` left in FOLDER, with a probe of its own; thresholds hold for the resolution they were trained at, so give
+its ``--size`` (224 where nothing else was said).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ from rich.table import Table
 from taxonomy.runs import Measurement, Run
 from zoo.bench.environment import environment
 from zoo.bench.flops import count_flops
-from zoo.errors import ZooError
+from zoo.errors import BadInput, ZooError
 from zoo.families.encoder_tokens import AppliedEncoder, EncoderTokenReducer
 from zoo.image_data import labelled
 from zoo.interface import implemented, method, method_class
@@ -56,12 +59,58 @@ Other methods: ``KEEP_RATIOS`` where they take a ``keep_ratio``, else their defa
 """
 KEEP_RATIOS = (0.9, 0.7, 0.5)
 
-TRAINED_FIRST = {"as-vit": "its thresholds come from training (zoo train as-vit)"}
+TRAINED_FIRST = {"as-vit": "its thresholds come from training (zoo train as-vit), see --trained"}
 """Methods that run untrained, but mean nothing then."""
 
+FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5)
+"""Of trained thresholds: 1 keeps what training aimed at, more keeps fewer tokens."""
 
-def budgets(slug: str) -> list[dict[str, Any]]:
+
+@dataclass(frozen=True)
+class Subject:
+    """The encoder that is measured: as it comes, or as a training left it.
+
+    Attributes:
+        name: what the runs call it.
+        folder: of ``zoo train``; ``None`` for the encoder as it comes.
+    """
+
+    name: str = MODEL
+    folder: Path | None = None
+
+    @classmethod
+    def trained(cls, folder: Path) -> Subject:
+        """After a finished training.
+
+        Raises:
+            BadInput: nothing was finished in ``folder``.
+        """
+        try:
+            record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+        except OSError as error:
+            raise BadInput(f"{folder} holds no finished training: {error.strerror}") from None
+        name = f"{record['model']} after {record['steps']} steps of zoo train {record['method']}"
+        return cls(name, folder)
+
+    @property
+    def ref(self) -> str:
+        """Where it is loaded from."""
+        return self.name if self.folder is None else str(self.folder / "model")
+
+    def thresholds(self, slug: str) -> list[float] | None:
+        """What the training of a method found, where this is its encoder."""
+        if self.folder is None:
+            return None
+        config = json.loads((self.folder / "model" / "config.json").read_text(encoding="utf-8"))
+        found: dict[str, list[float]] = config.get(slug.replace("-", "_"), {})
+        return found.get("thresholds")
+
+
+def budgets(slug: str, subject: Subject) -> list[dict[str, Any]]:
     """The parameters of each cell of a method."""
+    learnt = subject.thresholds(slug)
+    if learnt is not None:
+        return [{"thresholds": [factor * value for value in learnt]} for factor in FACTORS]
     if slug in BUDGETS:
         return BUDGETS[slug]
     has_ratio = "keep_ratio" in method_class(slug).model_fields
@@ -75,7 +124,8 @@ class Bench:
     """The encoder, the probe, and the pictures that it judges."""
 
     def __init__(self, options: argparse.Namespace, console: Console) -> None:
-        self.loaded = load_model(MODEL)
+        self.subject: Subject = options.subject
+        self.loaded = load_model(self.subject.ref)
         self.size = options.size
         self.test = labelled("cifar10", "test", options.test)
         train = labelled("cifar10", "train", options.train)
@@ -115,7 +165,7 @@ class Bench:
         Raises:
             ZooError: the method cannot run on this encoder, or must be trained first.
         """
-        if slug in TRAINED_FIRST:
+        if slug in TRAINED_FIRST and self.subject.thresholds(slug) is None:
             raise ZooError(TRAINED_FIRST[slug])
         reducer = method(slug, **parameters)
         if not isinstance(reducer, EncoderTokenReducer):
@@ -136,7 +186,7 @@ class Bench:
         )
         return Run(
             method=slug,
-            model=MODEL,
+            model=self.subject.name,
             model_revision=self.loaded.revision or "",
             started=started.isoformat(timespec="seconds"),
             seconds=round(time.perf_counter() - begun, 1),
@@ -163,7 +213,10 @@ def _both(
 
 def sweep(options: argparse.Namespace, console: Console) -> None:
     """Run what is missing from the file."""
-    done = {_place(run.method, dict(run.inputs)) for run in finished(options.out)}
+    subject: Subject = options.subject
+    done = {
+        _place(run.method, dict(run.inputs)) for run in finished(options.out) if run.model == subject.name
+    }
     slugs = options.methods or [
         slug for slug in implemented() if method_class(slug).phase == "encoder-tokens"
     ]
@@ -171,7 +224,7 @@ def sweep(options: argparse.Namespace, console: Console) -> None:
     missing = [
         (slug, parameters)
         for slug in slugs
-        for parameters in budgets(slug)
+        for parameters in budgets(slug, subject)
         if _place(slug, {**asked, "asked": parameters}) not in done
     ]
     if not missing:
@@ -225,7 +278,7 @@ def kept(run: Run, quantity: str) -> float:
 
 def table(runs: list[Run]) -> Table:
     """All cells: methods by name, each from many tokens to few."""
-    out = Table(title=f"{MODEL}: a linear probe on {runs[0].inputs['images']}, off the shelf")
+    out = Table(title=f"{runs[0].model}: a linear probe on {runs[0].inputs['images']}")
     for name in ("method", "parameters", "tokens kept", "accuracy", "dense", "of dense", "FLOPs"):
         out.add_column(name, justify="left" if name in ("method", "parameters") else "right")
     last = ""
@@ -254,12 +307,14 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=112, help="pixels, a multiple of 14")
     parser.add_argument("--out", type=Path, default=Path("encoder_quality.jsonl"))
     parser.add_argument("--table", action="store_true", help="only print what the file holds")
+    parser.add_argument("--trained", type=Path, help="folder of zoo train: its encoder instead")
     options = parser.parse_args()
+    options.subject = Subject.trained(options.trained) if options.trained else Subject()
     torch.set_num_threads(1)
     console = Console(width=150)
     if not options.table:
         sweep(options, console)
-    runs = finished(options.out)
+    runs = [run for run in finished(options.out) if run.model == options.subject.name]
     if runs:
         console.print(table(runs))
 

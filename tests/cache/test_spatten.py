@@ -200,6 +200,25 @@ def test_importance_is_added_up_over_layers_and_steps() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["tiny-bert", "tiny-gpt2"])
+def test_few_heads_at_a_time_give_what_all_at_once_give(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load(name)
+    batch, length = inputs_of(loaded)["input_ids"].shape
+    found, importance = [], []
+    for numbers in (1, 2 * batch * length**2, 2**40):  # one head, two heads, all heads
+        monkeypatch.setattr("zoo.engines.cascade._MAPS", numbers)
+        cascade = Cascade(
+            text_body(loaded), [1, 0.8, 0.8, 0.8], [1.0] * DEPTH, SparseAttention(), "a cascade"
+        )
+        found.append(output_of(loaded.model(**inputs_of(loaded))))
+        importance.append(cascade.importance)
+        cascade.close()
+    for other in (1, 2):
+        assert_close(found[0], found[other], rtol=1e-5, atol=1e-5)
+        assert_close(importance[0], importance[other], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_heads_that_leave_are_not_computed() -> None:
     loaded = load("tiny-gpt2")
     ids = inputs_of(loaded, 1)["input_ids"]

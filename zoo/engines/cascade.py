@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from zoo.engines.latest_input import RecordsLatest
+from zoo.engines.reductions import Keep
 from zoo.errors import Refused
 from zoo.models.anatomy import Attention, Decoder, LinearPart, TextEncoder
 
@@ -60,7 +61,7 @@ class _Pass:
     cached: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     """Places of the entries in each layer's cache, and which are tokens: ``[B, C]`` each."""
     full: torch.Tensor | None = None
-    """Hidden states with which tokens left, ``[B, T, D]``."""
+    """Hidden states with which tokens left, ``[B T + 1, D]``: the last row is for what is no token."""
     tokens: list[float] = field(default_factory=list)
     """Tokens that entered each layer with the prompt, mean over the batch."""
     entered: float = 0.0
@@ -179,8 +180,16 @@ class Cascade(RecordsLatest[_Pass]):
         allowed = there[:, None, None, :]
         if self.causal:
             allowed = allowed & (places[:, None, None, :] <= current.rows[:, None, :, None])
-        output, probabilities = self.attend(query, key, value, allowed, attention.scaling)
-        self._add_up(current, heads, places, there, output, probabilities)
+        asking = current.there[:, None, None, :].float()
+        outputs, received = [], torch.zeros_like(places, dtype=torch.float32)
+        for some in _head_slices(query, key):
+            output, probabilities = self.attend(
+                query[:, some], key[:, some], value[:, some], allowed, attention.scaling
+            )
+            outputs.append(output)
+            received += (asking @ probabilities.detach().float()).sum((1, 2))
+        output = torch.cat(outputs, 1)
+        self._add_up(current, heads, places, there, output, received)
         return _merge(attention.output, output, heads), None
 
     def _enter(self, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, cache: Any) -> _Pass:
@@ -226,12 +235,13 @@ class Cascade(RecordsLatest[_Pass]):
         places: torch.Tensor,
         there: torch.Tensor,
         output: torch.Tensor,
-        probabilities: torch.Tensor,
+        received: torch.Tensor,
     ) -> None:
-        """``s_t += sum_h sum_i P`` and ``s_h += sum_i sum_d |E|``, over queries that are no padding."""
-        asking = current.there[:, None, None, :].float()
-        received = (asking @ probabilities.float()).sum((1, 2))
+        """``s_t += sum_h sum_i P`` (``received [B, K]``) and ``s_h += sum_i sum_d |E|``, over queries that are no
+        padding.
+        """
         current.importance.scatter_add_(1, places, received * there)
+        asking = current.there[:, None, None, :].float()
         magnitude = (asking @ output.float().abs()).sum((2, 3))
         chosen = torch.arange(magnitude.shape[1], device=magnitude.device).expand_as(magnitude)
         current.head_importance.scatter_add_(1, chosen if heads is None else heads, magnitude)
@@ -277,7 +287,7 @@ class Cascade(RecordsLatest[_Pass]):
         if current.full is None:
             return None
         full, current.full = _placed(current, hidden), None
-        return full
+        return full[:-1].view(len(hidden), -1, hidden.shape[-1])
 
     def _choose_heads(self, current: _Pass, index: int) -> None:
         before = current.heads.get(index - 1)
@@ -306,7 +316,7 @@ class Cascade(RecordsLatest[_Pass]):
         kept, flag = strongest(scores, current.there, count, padding_first=self.causal)
         current.full = _placed(current, hidden)
         current.rows, current.there = current.rows.gather(1, kept), flag
-        return hidden.gather(1, kept.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        return Keep(kept).apply(hidden)
 
 
 _ROUNDING = 1e-6
@@ -342,31 +352,51 @@ def strongest(
 
 
 def _placed(current: _Pass, hidden: torch.Tensor) -> torch.Tensor:
-    """States of all positions: those of the rows where they are, else those with which tokens left."""
+    """States of all positions: those of the rows where they are, else those with which tokens left.
+
+    As ``current.full``, which is written to.
+    """
     if current.full is None:
-        return hidden
-    spare = torch.cat((current.full, current.full[:, :1]), 1)  # the last column takes what is no token
-    target = torch.where(current.there, current.rows, current.full.shape[1])
-    return spare.scatter(1, target.unsqueeze(-1).expand_as(hidden), hidden)[:, :-1]
+        return torch.cat((hidden.flatten(0, 1), hidden[:1, 0]))
+    batch, tokens = current.importance.shape
+    first = torch.arange(0, batch * tokens, tokens, device=hidden.device).unsqueeze(1)
+    target = torch.where(current.there, current.rows + first, batch * tokens)
+    return current.full.index_copy_(0, target.flatten(), hidden.flatten(0, 1))
+
+
+_MAPS = 2**18
+"""Numbers of attention that are computed at once on a CPU, so that they stay in the cache."""
+
+
+def _head_slices(query: torch.Tensor, key: torch.Tensor) -> list[slice]:
+    """Heads of ``query [B, H, Q, d]`` whose maps are computed together: a few on a CPU, else all."""
+    batch, heads, queries, _ = query.shape
+    count = max(1, _MAPS // (batch * queries * key.shape[2])) if query.device.type == "cpu" else heads
+    return [slice(first, first + count) for first in range(0, heads, count)]
 
 
 def _project(part: LinearPart, x: torch.Tensor, heads: torch.Tensor | None, width: int) -> torch.Tensor:
     """``x [B, R, D]`` through the rows of some heads: ``[B, h, R, d]``."""
     if heads is None:
         return part(x).unflatten(-1, (-1, width)).transpose(1, 2)
-    weight = part.weight.unflatten(0, (-1, width))[heads].flatten(1, 2)  # [B, h d, D]
-    projected = (x @ weight.transpose(1, 2)).unflatten(-1, (-1, width)).transpose(1, 2)
-    bias = part.bias
-    return projected if bias is None else projected + bias.view(-1, width)[heads].unsqueeze(2)
+    weight = part.weight.unflatten(0, (-1, width)).index_select(0, heads.flatten())
+    weight = weight.view(len(heads), -1, x.shape[-1])  # [B, h d, D]
+    if part.bias is None:
+        projected = x @ weight.mT
+    else:
+        bias = part.bias.view(-1, width)[heads].flatten(1)
+        projected = torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+    return projected.unflatten(-1, (-1, width)).transpose(1, 2)
 
 
 def _merge(part: LinearPart, output: torch.Tensor, heads: torch.Tensor | None) -> torch.Tensor:
     """What heads put out, ``[B, h, R, d]``, through their columns of the output projection: ``[B, R, D]``."""
+    merged = output.transpose(1, 2).flatten(2)
     if heads is None:
-        return F.linear(output.transpose(1, 2).flatten(2), part.weight, part.bias)
-    columns = part.weight.T.unflatten(0, (-1, output.shape[-1]))[heads].flatten(1, 2)  # [B, h d, D]
-    merged = output.transpose(1, 2).flatten(2) @ columns
-    return merged if part.bias is None else merged + part.bias
+        return F.linear(merged, part.weight, part.bias)
+    columns = part.weight.unflatten(1, (-1, output.shape[-1])).index_select(1, heads.flatten())
+    columns = columns.view(len(columns), len(heads), -1).permute(1, 2, 0)  # [B, h d, D]
+    return merged @ columns if part.bias is None else torch.baddbmm(part.bias, merged, columns)
 
 
 def _identity(x: torch.Tensor) -> torch.Tensor:

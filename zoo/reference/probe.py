@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import interpolate, one_hot
@@ -100,7 +101,7 @@ def features(
     """[CLS] and the mean patch of every picture, ``[N, 2 D]`` in float64, on the CPU.
 
     Args:
-        loaded: an encoder without a head.
+        loaded: an encoder; the head of a classifier takes no part.
         pictures: what it sees.
         size: height and width in pixels, a multiple of the patch size.
         applied: a method at work in it; tokens that stand for several patches then count as many times in the mean.
@@ -108,9 +109,10 @@ def features(
     """
     encoder = loaded.anatomy.encoder
     assert encoder is not None
+    body: Any = encoder.module.base_model  # without the head of a classifier
     rows = []
     for pixels in batches(loaded, pictures, size):
-        last = encoder.module(pixel_values=pixels).last_hidden_state
+        last = body(pixel_values=pixels).last_hidden_state
         weight = torch.ones(last.shape[:2]) if applied is None else applied.sources.sum(-1)
         weight = weight[:, encoder.prefix :, None].to(last.device)
         mean = (last[:, encoder.prefix :] * weight).sum(1) / weight.sum(1)

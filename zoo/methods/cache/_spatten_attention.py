@@ -101,5 +101,7 @@ def quantise(x: torch.Tensor, bits: int, dropped: int = 0) -> torch.Tensor:
 
 
 def _softmax(query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor, scaling: float) -> torch.Tensor:
-    scores = (query @ key.transpose(-1, -2)).float() * scaling
-    return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1)
+    scores = (query @ key.mT).float().mul_(scaling)
+    # On a CPU a sum is many times faster than filling under a mask.
+    hidden = (~allowed).to(scores.dtype) * torch.finfo(scores.dtype).min
+    return scores.add_(hidden).softmax(-1)
