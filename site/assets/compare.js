@@ -1,13 +1,16 @@
-// Two to four methods side by side. The choice is the fragment of the address, #flap,cfsp. Each method's data is a
-// small script of its own, loaded when it is chosen, so that this also works on a page opened from a folder.
+// Two to four methods side by side. The choice is the fragment of the address, #flap,cfsp. The data of
+// some methods each is in small scripts, loaded when one of them is chosen, so that this also works on a page opened
+// from a folder.
 (function () {
   "use strict";
   var SVG = "http://www.w3.org/2000/svg";
   var MARKS = ["c-one", "c-two", "c-three", "c-four"];
   var inputs = Array.from(document.querySelectorAll("#choose input"));
-  var known = new Set(Array.from(document.querySelectorAll("#known option")).map(function (option) { return option.value; }));
+  var known = new Map(Array.from(document.querySelectorAll("#known option")).map(function (option) {
+    return [option.value, option.dataset.file];
+  }));
   var table = document.getElementById("versus");
-  var loaded = {};
+  var loaded = {}, scripts = {};
 
   window.zooMethod = function (method) { loaded[method.slug] = method; };
 
@@ -28,14 +31,18 @@
   }
 
   function fetchMethod(slug) {
-    return new Promise(function (resolve, reject) {
-      if (loaded[slug]) return resolve(loaded[slug]);
+    return load(known.get(slug)).then(function () { return loaded[slug]; }, function () { throw new Error(slug); });
+  }
+
+  function load(name) {
+    scripts[name] = scripts[name] || new Promise(function (resolve, reject) {
       var script = document.createElement("script");
-      script.src = table.dataset.from + slug + ".js";
-      script.onload = function () { resolve(loaded[slug]); };
-      script.onerror = function () { reject(new Error(slug)); };
+      script.src = table.dataset.from + name + ".js";
+      script.onload = resolve;
+      script.onerror = function () { delete scripts[name]; reject(); };
       document.head.appendChild(script);
     });
+    return scripts[name];
   }
 
   function chosen() {

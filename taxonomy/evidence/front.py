@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from taxonomy import paths
@@ -108,7 +109,8 @@ def fronts(
 
 def _usual(found: Sequence[Trial], names: Sequence[str]) -> str:
     """The first of ``names`` that at least half as many trials have as the most frequent one."""
-    counts = {name: sum(name in trial.scores for trial in found) for name in names}
+    scored = Counter(chain.from_iterable(trial.scores for trial in found))
+    counts = {name: scored[name] for name in names}
     return next(name for name in names if 2 * counts[name] >= max(counts.values()))
 
 

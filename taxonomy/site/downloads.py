@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from taxonomy.queries import Claim
@@ -18,18 +19,18 @@ class Download:
     """A file of the data page."""
 
     name: str
-    content: bytes = field(repr=False)
+    content: bytes | Path = field(repr=False)
     what: str
     how: str
 
     @property
     def size(self) -> str:
         """Its length for people, in decimal units."""
-        length = len(self.content)
+        length = self.content.stat().st_size if isinstance(self.content, Path) else len(self.content)
         return f"{length / 1e6:.1f} MB" if length >= 1_000_000 else f"{max(1, round(length / 1e3))} kB"
 
 
-def downloads(library: Library, catalog: bytes | None) -> Iterator[Download]:
+def downloads(library: Library, catalog: bytes | Path | None) -> Iterator[Download]:
     """All of them; without ``catalog`` the catalogue itself is left out."""
     entries, papers = library.entries, library.papers
     if catalog is not None:

@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import NamedTuple
 
 from taxonomy.evidence import Trial
 from taxonomy.queries import Claim
@@ -103,11 +103,8 @@ class Check:
     failed: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Quantity:
+class Quantity(NamedTuple):
     """One measured quantity, dense model and method side by side. Missing arms are ``None``."""
-
-    ARMS: ClassVar = ("dense", "method", "ratio")
 
     name: str
     task: str

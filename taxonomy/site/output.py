@@ -7,15 +7,23 @@ A build that fails half-way therefore leaves the old site as it was.
 
 from __future__ import annotations
 
+import filecmp
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from taxonomy.errors import TaxonomyError
+from taxonomy.site.processes import spread
+
+File = tuple[str, bytes | Path]
+"""Relative POSIX name of a file, and its content, or the file that has it."""
 
 MARKER = ".zoo-site"
 """A folder with this file in it is a site that a build may replace."""
@@ -42,52 +50,61 @@ class Published:
         return self.written + self.unchanged
 
 
-def publish(files: Iterable[tuple[str, bytes]], folder: Path) -> Published:
-    """Write ``files`` (relative POSIX name, content) as the whole content of ``folder``.
+def publish(parts: Sequence[Iterable[File]], folder: Path, processes: int = 1) -> Published:
+    """Write the files of all ``parts`` as the whole content of ``folder``.
+
+    Args:
+        parts: each is gone through in one process, from its first file to its last.
+        folder: of the site; made if need be.
+        processes: how many may share the parts.
 
     Raises:
         SiteError: ``folder`` is something else than an empty folder or an earlier site, or cannot be written.
     """
     folder = folder.expanduser().resolve()
     _check(folder)
-    aside: Path | None = None
-    kept: list[str] = []
-    written = 0
-    seen: set[str] = set()
+    aside = folder.parent / f".{folder.name}-{secrets.token_hex(8)}"
     try:
-        there = _files_of(folder)
-        for name, content in _marked(files):
-            if name in seen or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise SiteError(f"the site has two files called {name}, or a name that leaves its folder")
-            seen.add(name)
-            if name in there and _same(folder / name, content):
-                kept.append(name)
-                continue
-            if aside is None:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-            _write(aside / name, content)
-            written += 1
-        gone = there - seen
-        if gone and aside is None:
-            aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-        if aside is not None:
+        put = _Putting(folder, aside, _files_of(folder))
+        done = spread(put, [[(MARKER, _MARK)], *parts], processes)
+        written, kept = ([name for part in done for name in part[kind]] for kind in (0, 1))
+        for name, times in Counter(written + kept).items():
+            if times > 1:
+                raise SiteError(f"the site has two files called {name}")
+        gone = put.there.difference(written, kept)
+        if written or gone:
             for name in kept:
                 _carry(folder / name, aside / name)
-            aside.chmod(0o755)
             _swap(aside, folder)
-            aside = None
     except OSError as error:
         raise SiteError(f"{folder} cannot be written: {error.strerror or error}") from None
+    except BrokenProcessPool:
+        raise SiteError("a process that made pages was ended from outside; build the site again") from None
     finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
-    return Published(folder, written, len(kept), len(gone))
+        shutil.rmtree(aside, ignore_errors=True)
+    return Published(folder, len(written), len(kept), len(gone))
 
 
-def _marked(files: Iterable[tuple[str, bytes]]) -> Iterable[tuple[str, bytes]]:
-    yield MARKER, _MARK
-    yield from files
+@dataclass(frozen=True)
+class _Putting:
+    """Going through the files of a part: those that are not in ``folder`` already are written to ``aside``."""
+
+    folder: Path
+    aside: Path
+    there: set[str]
+
+    def __call__(self, part: Iterable[File]) -> tuple[list[str], list[str]]:
+        """Names of the files that were written, and of those that were there."""
+        written, kept = [], []
+        for name, content in part:
+            if name.startswith("/") or ".." in PurePosixPath(name).parts:
+                raise SiteError(f"the site has a file called {name}, which leaves its folder")
+            if name in self.there and _same(self.folder / name, content):
+                kept.append(name)
+            else:
+                _write(self.aside / name, content)
+                written.append(name)
+        return written, kept
 
 
 def _check(folder: Path) -> None:
@@ -99,18 +116,27 @@ def _check(folder: Path) -> None:
         )
 
 
-def _same(path: Path, content: bytes) -> bool:
+def _same(path: Path, content: bytes | Path) -> bool:
     try:
+        if isinstance(content, Path):
+            return filecmp.cmp(path, content, shallow=False)
         return path.stat().st_size == len(content) and path.read_bytes() == content
     except OSError:
         return False
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes | Path) -> None:
     try:
-        path.write_bytes(content)
+        _put(path, content)
     except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _put(path, content)
+
+
+def _put(path: Path, content: bytes | Path) -> None:
+    if isinstance(content, Path):
+        shutil.copyfile(content, path)
+    else:
         path.write_bytes(content)
 
 
@@ -124,7 +150,11 @@ def _carry(old: Path, new: Path) -> None:
 
 
 def _files_of(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    found = set()
+    for place, _, names in os.walk(folder):
+        inside = Path(place).relative_to(folder).as_posix()
+        found.update(names if inside == "." else [f"{inside}/{name}" for name in names])
+    return found
 
 
 def _swap(aside: Path, folder: Path) -> None:

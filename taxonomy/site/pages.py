@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,32 @@ from taxonomy import diagrams, finding, gallery, paths
 from taxonomy.questions import Untestable
 from taxonomy.site.classification import CROSSINGS, Crossing, survey_views
 from taxonomy.site.downloads import downloads
-from taxonomy.site.library import Entry, Library, Term
-from taxonomy.site.loading import load
-from taxonomy.site.output import Published, publish
+from taxonomy.site.library import Check, Entry, Library, Term
+from taxonomy.site.loading import load, nothing_searched
+from taxonomy.site.output import File, Published, publish
 from taxonomy.site.papers import CARD_SOURCE, paper_index, source_facts, years_of
-from taxonomy.site.results import MOST_ROWS, Results, comparison_data
+from taxonomy.site.processes import usable
+from taxonomy.site.results import METHODS_PER_FILE, MOST_ROWS, Results, comparison_data
 from taxonomy.site.text import (
     FILTERS,
     arxiv_link,
     counted,
     figure,
+    joined,
     kinds,
+    labels,
     lowered,
     quantity_rows,
     shade,
     tokens,
 )
 
-Files = Iterator[tuple[str, bytes]]
+Files = Iterator[File]
+
+MANY = 1000
+"""Cards from which on more than one process makes the pages."""
+
+_METHODS_PER_PART = 250
 
 NAVIGATION = (
     ("index.html", "Methods"),
@@ -80,7 +89,10 @@ def build(catalog: Path | None = None, out: Path | None = None) -> Published:
         SiteError: ``out`` holds something else, or cannot be written.
     """
     catalog = catalog or paths.catalog_file()
-    return publish(render(load(catalog), catalog.read_bytes()), out or default_folder())
+    with nothing_searched():
+        library = load(catalog)
+        processes = usable() if len(library.entries) >= MANY else 1
+        return publish(parts(library, catalog), out or default_folder(), processes)
 
 
 def default_folder() -> Path:
@@ -89,32 +101,29 @@ def default_folder() -> Path:
     return sources / "public" if "_data" not in sources.parts else Path("site") / "public"
 
 
-def render(library: Library, catalog: bytes | None = None) -> Files:
-    """All files of the site as ``(relative name, content)``, in a fixed order.
+def render(library: Library, catalog: bytes | Path | None = None) -> Files:
+    """All files of the site as ``(relative name, content)``, in a fixed order; see ``parts``."""
+    return chain.from_iterable(parts(library, catalog))
+
+
+def parts(library: Library, catalog: bytes | Path | None = None) -> list[Files]:
+    """All files of the site, in parts that can be made apart from each other, the longest first.
 
     Args:
         library: everything to be shown.
-        catalog: the catalogue itself, to be offered for download.
+        catalog: the catalogue itself, or its content, to be offered for download.
     """
-    site = _Site(library)
-    yield from site.assets()
-    offered = list(downloads(library, catalog))
-    yield from ((f"data/{item.name}", item.content) for item in offered)
-    yield "data/bibliography.js", paper_index(library.papers)
-    yield site.page("index.html", "home.html", "Methods", filters=FILTERS)
-    for entry in library.entries:
-        yield site.method(entry)
-    yield from site.result_pages()
-    yield site.page("taxonomy/index.html", "taxonomy.html", "Taxonomy")
-    for view in site.views:
-        yield site.page(view.file, "tree.html", view.title, view=view)
-    for crossing in site.crossings:
-        yield site.page(crossing.file, "matrix.html", crossing.title, crossing=crossing)
-    yield site.page("gallery.html", "gallery.html", "Gallery")
-    yield site.page("glossary.html", "glossary.html", "Glossary")
-    yield from site.bibliography()
-    yield site.page("data.html", "data.html", "Data", downloads=offered, example=EXAMPLE)
-    yield site.page("about.html", "about.html", "About", bases=BASES)
+    site, entries = _Site(library), library.entries
+    slices = [entries[at : at + _METHODS_PER_PART] for at in range(0, len(entries), _METHODS_PER_PART)]
+    return [
+        site.result_pages(),
+        site.home(),
+        site.data(catalog),
+        site.taxonomy(),
+        *(site.methods(some) for some in slices),
+        site.bibliography(),
+        site.assets(),
+    ]
 
 
 class _Site:
@@ -136,7 +145,13 @@ class _Site:
             lstrip_blocks=True,
             auto_reload=False,
         )
-        self.environment.filters |= {"figure": figure, "arxiv": arxiv_link, "lowered": lowered}
+        self.environment.filters |= {
+            "figure": figure,
+            "arxiv": arxiv_link,
+            "lowered": lowered,
+            "labels": labels,
+            "join": joined,
+        }
         self.environment.globals |= {
             "library": library,
             "gallery": gallery.load_gallery(),
@@ -171,8 +186,33 @@ class _Site:
         text = self._templates[template](file=file, root="../" * file.count("/"), title=title, **values)
         return file, text.encode()
 
-    def method(self, entry: Entry) -> tuple[str, bytes]:
-        """The page of one card."""
+    def home(self) -> Files:
+        """The table of methods, and what is about the site itself."""
+        yield self.page("index.html", "home.html", "Methods", filters=FILTERS)
+        yield self.page("gallery.html", "gallery.html", "Gallery")
+        yield self.page("about.html", "about.html", "About", bases=BASES)
+
+    def data(self, catalog: bytes | Path | None) -> Files:
+        """The files of the data page, the page itself, and the data that the compare page loads."""
+        offered = list(downloads(self.library, catalog))
+        yield from ((f"data/{item.name}", item.content) for item in offered)
+        yield self.page("data.html", "data.html", "Data", downloads=offered, example=EXAMPLE)
+        yield from comparison_data(self.library, self.results)
+
+    def taxonomy(self) -> Files:
+        """Trees, matrices and the glossary."""
+        yield self.page("taxonomy/index.html", "taxonomy.html", "Taxonomy")
+        for view in self.views:
+            yield self.page(view.file, "tree.html", view.title, view=view)
+        for crossing in self.crossings:
+            yield self.page(crossing.file, "matrix.html", crossing.title, crossing=crossing)
+        yield self.page("glossary.html", "glossary.html", "Glossary")
+
+    def methods(self, entries: Iterable[Entry]) -> Files:
+        """The pages of these cards."""
+        return map(self._method, entries)
+
+    def _method(self, entry: Entry) -> tuple[str, bytes]:
         where, target, operation, when = (
             {term.id: term.label for term in entry.terms.get(name, ())}
             for name in ("where", "target", "operation", "when")
@@ -194,13 +234,15 @@ class _Site:
             entry.name,
             entry=entry,
             diagram=Markup(diagram),  # noqa: S704 - taxonomy.diagrams escapes every text it draws
+            with_setting=any(claim.budget for claim in entry.claims),
+            with_baseline=any(claim.baseline for claim in entry.claims),
             facets=[pair for pair in core if pair[0].view == "core"],
             survey_facets=[pair for pair in core if pair[0].view != "core"],
             commands=_commands(entry),
         )
 
     def result_pages(self) -> Files:
-        """Results by family, findings, environments, and the compare page with the data it loads."""
+        """Results by family, findings, environments, and the compare page."""
         yield self.page("results/index.html", "results.html", "Results")
         for page in self.results.families:
             yield self.page(page.file, "family.html", f"Results: {lowered(page.family.label)}", page=page)
@@ -216,12 +258,7 @@ class _Site:
                 fewest=finding.FEWEST,
                 most_rows=MOST_ROWS,
             )
-        yield self.page("compare.html", "compare.html", "Compare methods")
-        for entry in self.library.entries:
-            yield (
-                f"data/methods/{entry.slug}.js",
-                comparison_data(self.library, entry, self.results.points(entry)),
-            )
+        yield self.page("compare.html", "compare.html", "Compare methods", each=METHODS_PER_FILE)
 
     def once(self, macro: Callable[..., Markup], *values: Any) -> Markup:
         """What ``macro`` makes of ``values`` (texts, parts of the library, lists of them), rendered once."""
@@ -250,7 +287,8 @@ class _Site:
         yield "assets/gallery.jpg", (gallery.FOLDER / "photo.jpg").read_bytes()
 
     def bibliography(self) -> Files:
-        """The search page, and one plain page per year for browsers without scripts and for search engines."""
+        """The search page with its data, and a page per year for browsers without scripts and for search engines."""
+        yield "data/bibliography.js", paper_index(self.library.papers)
         topics: dict[str, int] = {}
         used: dict[str, int] = {}
         for paper in self.library.papers:
@@ -278,7 +316,7 @@ def _identity(value: Any) -> Any:
     """What tells apart the values that pages are made of: all parts of the library live as long as the build."""
     if isinstance(value, list):
         return tuple(map(id, value))
-    return value if isinstance(value, str | bool) else id(value)
+    return value if isinstance(value, str | bool | Check) else id(value)
 
 
 def _section(file: str) -> str:

@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from markupsafe import Markup
@@ -20,6 +21,9 @@ MOST_FRONTS = 12
 
 MOST_ROWS = 200
 """Rows of a table of results; the best ones are always among them."""
+
+METHODS_PER_FILE = 50
+"""Entries in a file of the compare page's data."""
 
 GOAL_TITLES = {
     "prefill": "Faster prefill, or time per image",
@@ -106,27 +110,33 @@ class FamilyResults:
 
 
 class Results:
-    """Everything the result pages of one build show, worked out once."""
+    """Everything the result pages of one build show, worked out once, when it is asked for."""
 
     def __init__(self, library: Library) -> None:
         self.library = library
-        groups = _groups(library)
-        self.families = _families(library, groups)
-        self.outcomes: list[Outcome] = sorted(
-            (judge(finding, library.trials, library.outcomes) for finding in load_findings()),
-            key=_answered_first,
-        )
-        self._charts = _method_fronts(groups)
+        self._groups = _groups(library)
+        self._places = _places(self._groups)
+
+    @cached_property
+    def families(self) -> list[FamilyResults]:
+        """A page per family with results, in the order of the vocabulary."""
+        return _families(self.library, self._groups)
+
+    @cached_property
+    def outcomes(self) -> list[Outcome]:
+        """The findings with their verdicts, those that could be judged first."""
+        judged = (judge(one, self.library.trials, self.library.outcomes) for one in load_findings())
+        return sorted(judged, key=_answered_first)
 
     def method_chart(self, entry: Entry) -> Markup | None:
         """The points of a method on the largest front that it is on, before the best of the others."""
-        front = self._charts.get(entry.slug)
-        return None if front is None else _method_chart(entry, front)
+        place = self._places.get(entry.slug)
+        return None if place is None else _method_chart(entry, place)
 
-    def points(self, entry: Entry) -> list[Point]:
+    def points(self, entry: Entry) -> Sequence[Point]:
         """Points of a method on that front."""
-        front = self._charts.get(entry.slug)
-        return [] if front is None else [p for p in front.points if p.trial.method == entry.slug]
+        place = self._places.get(entry.slug)
+        return () if place is None else place.own
 
 
 def _answered_first(outcome: Outcome) -> tuple[bool, str]:
@@ -273,22 +283,35 @@ def _beside(library: Library, sections: Iterable[Section]) -> tuple[tuple[Entry,
     )
 
 
-def _method_fronts(groups: Mapping[str, _Group]) -> dict[str, Front]:
-    """For each method the front its chart is drawn from: of its family's goal if it can, the one with most runs."""
-    found: dict[str, Front] = {}
+@dataclass(frozen=True)
+class _Place:
+    """The front that the chart of a method is drawn from, its own points there, and the best of all."""
+
+    front: Front
+    own: Sequence[Point]
+    best: Sequence[Point]
+
+
+def _places(groups: Mapping[str, _Group]) -> dict[str, _Place]:
+    """For each method its place on a front: of its family's goal if it can, the one with most runs."""
+    found: dict[str, _Place] = {}
     for family, group in groups.items():
         for goal in goals_of(family):
             for front in group.fronts[goal]:
+                best = [point for point in front.points if point.best]
+                of_method: dict[str, list[Point]] = defaultdict(list)
                 for point in front.points:
-                    found.setdefault(point.trial.method, front)
+                    of_method[point.trial.method].append(point)
+                for method, own in of_method.items():
+                    found.setdefault(method, _Place(front, own, best))
     return found
 
 
-def _method_chart(entry: Entry, front: Front) -> Markup:
-    own = [point for point in front.points if point.trial.method == entry.slug]
+def _method_chart(entry: Entry, place: _Place) -> Markup:
+    front, own = place.front, place.own
     if front.by_task and front.unchanged:
         return _task_chart(list(_own_and_best(entry, front, own)), front)
-    others = [point for point in front.points if point.best and point.trial.method != entry.slug]
+    others = [point for point in place.best if point.trial.method != entry.slug]
     dots = []
     for group, points in (("best", own), ("other", others)):
         for point in points:
@@ -323,8 +346,20 @@ def _own_and_best(entry: Entry, front: Front, own: Sequence[Point]) -> Iterator[
 # --- the compare page -----------------------------------------------------------------------------------------
 
 
-def comparison_data(library: Library, entry: Entry, points: Sequence[Point]) -> bytes:
-    """What the compare page needs of one entry, as a script: a page opened from a folder may load no JSON."""
+def comparison_data(library: Library, results: Results) -> Iterator[tuple[str, bytes]]:
+    """What the compare page loads, as scripts: a page opened from a folder may load no JSON.
+
+    A file holds ``METHODS_PER_FILE`` entries, in the order of the library: fewer, larger files, of which the page loads
+    those that hold what was chosen.
+    """
+    for at in range(0, len(library.entries), METHODS_PER_FILE):
+        some = library.entries[at : at + METHODS_PER_FILE]
+        scripts = [_comparison_script(library, entry, results.points(entry)) for entry in some]
+        yield f"data/methods/{at // METHODS_PER_FILE}.js", "".join(scripts).encode()
+
+
+def _comparison_script(library: Library, entry: Entry, points: Sequence[Point]) -> str:
+    """What it needs of one entry."""
     facets = {
         library.facets[name].label: [term.label for term in terms] for name, terms in entry.terms.items()
     }
@@ -360,4 +395,4 @@ def comparison_data(library: Library, entry: Entry, points: Sequence[Point]) -> 
         ],
     }
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
-    return f"zooMethod({text});\n".encode()
+    return f"zooMethod({text});\n"

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from markupsafe import Markup, escape
 
-from taxonomy.site.library import Entry, Quantity
+from taxonomy.site.library import Entry, Quantity, Term
 
 FILTERS = ("family", "target", "where", "signal", "training", "when")
 """Facets that the table of methods can be narrowed by."""
@@ -41,6 +41,16 @@ def _quantity_label(name: str, task: str, unit: str, repeats: int) -> str:
 def lowered(label: str) -> str:
     """``label`` within a sentence: its first letter small, unless it begins an abbreviation (KV, FFN) or a symbol."""
     return label[:1].lower() + label[1:] if label[1:2].islower() else label
+
+
+def labels(terms: Iterable[Term]) -> list[str]:
+    """What people call ``terms``."""
+    return [term.label for term in terms]
+
+
+def joined(texts: Iterable[str], between: str) -> str:
+    """``texts`` with ``between`` in the gaps. Jinja's own filter would look into each for what is escaped already."""
+    return between.join(texts)
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
