@@ -34,7 +34,7 @@ FINDINGS = paths.PACKAGE / "findings"
 FEWEST = 4
 """Cells that an interval over cells needs at least."""
 
-RESAMPLES = 2000
+RESAMPLES = 1000
 Verdict = Literal["agrees", "disagrees", "undecided", "not measured yet", "not testable here"]
 
 

@@ -158,12 +158,22 @@ def _set_totals(outputs: Mapping[str, dict[str, Any]], prompts: Mapping[str, Map
 
 
 def pooled(scores: Sequence[Score]) -> Score:
-    """One score of what was measured task by task, each task in a run of its own; the figures are the first's."""
+    """One score of what was measured task by task, each task in a run of its own.
+
+    Its figures are the means over the tasks where they are shares, else those of the first task.
+    """
     first = scores[0]
     parts = tuple(part for score in scores for part in score.parts)
     bounds = [score.bound for score in scores if score.bound is not None]
+    dense, method = (
+        [value for score in scores if (value := getattr(score, arm)) is not None]
+        for arm in ("dense", "method")
+    )
+    shares = first.unit == "1" and len(dense) == len(method) == len(scores)
     return replace(
         first,
+        dense=fmean(dense) if shares else first.dense,
+        method=fmean(method) if shares else first.method,
         tasks=tuple(task for score in scores for task in score.tasks),
         parts=parts,
         value=_mean(first.quantity, parts),

@@ -268,5 +268,6 @@ def test_cells_of_a_plan_that_differ_in_their_task_are_one_trial(as_catalog: Pat
     scores = found["fastv"].scores
     assert scores["accuracy"].tasks == ("count", "read")
     assert scores["accuracy"].value == pytest.approx(0.75)
+    assert (scores["accuracy"].dense, scores["accuracy"].method) == (pytest.approx(0.65), pytest.approx(0.45))
     assert scores["prefill-time"].value == pytest.approx(2.0)
     assert [len(found[name].runs) for name in ("fastv", "divprune")] == [3, 3]

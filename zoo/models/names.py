@@ -68,7 +68,7 @@ MINILM = PackageFile(
     ),
 )
 _TRAINED = Path(__file__).parents[1] / "reference" / "weights"
-"""What was trained of the reference models, once it has been."""
+"""What was trained of the reference models."""
 
 
 @dataclass(frozen=True)
@@ -200,13 +200,14 @@ _REAL = (
     ),
     KnownModel(
         name="reference-vlm",
-        description="Small LLaVA of dinov2-small-saliency and smollm2-135m; zoo reference train makes its weights.",
+        description="Small LLaVA of dinov2-small-saliency and smollm2-135m: 64 visual tokens, six abilities.",
         kind="vlm",
         licence="Apache-2.0",
         megabytes=593.0,
         parts=("dinov2-small-saliency", "smollm2-135m"),
         trained=_TRAINED / "reference-vlm.safetensors",
-        caveat="Small and briefly trained: compare methods on it, not models.",
+        caveat="Small and briefly trained; compare methods on it, not models. Right on held-out canvases: existence "
+        "87%, counting 68%, compare 66%, position 65%, recognition 59%, digits 25% (zoo reference eval asks again).",
     ),
     KnownModel(
         name="dinov2-small-cifar10",

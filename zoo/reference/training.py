@@ -25,7 +25,7 @@ from zoo.errors import BadInput
 from zoo.reference import assembly
 from zoo.reference.lessons import Canvases, answers_lesson, words_lesson
 
-WORDS = Recipe(steps=400, batch=32, learning_rate=2e-3, warmup=10, schedule="cosine", checkpoint_every=20)
+WORDS = Recipe(steps=1000, batch=32, learning_rate=2e-3, warmup=10, schedule="cosine", checkpoint_every=20)
 ANSWERS = Recipe(
     steps=100_000,
     batch=4,
@@ -35,7 +35,7 @@ ANSWERS = Recipe(
     precision="bfloat16",
     checkpoint_every=10,
 )
-SETTLING = ANSWERS.model_copy(update={"steps": 80, "learning_rate": 7e-4, "warmup": 2, "schedule": "linear"})
+SETTLING = ANSWERS.model_copy(update={"steps": 150, "learning_rate": 7e-4, "warmup": 2, "schedule": "linear"})
 CANVASES = 1_000_000
 """Canvases that each lesson draws from, other ones for each: more than any training sees."""
 TRAINED, RECORD, LATEST = "reference-vlm.safetensors", "reference-vlm.json", "answers"
