@@ -104,3 +104,14 @@ def test_encoder_methods_shorten_a_real_vit(slug: str, parameters: dict[str, flo
         assert torch.equal(loaded.model(**inputs).last_hidden_state, dense)
     assert short.shape[1] < 0.5 * dense.shape[1]
     assert torch.cosine_similarity(short[:, 0], dense[:, 0]).item() > 0.9
+
+
+def test_the_reference_vlm_looks_where_it_is_asked() -> None:
+    """Far above the best constant answer, and worse when the asked region's tokens are elsewhere."""
+    from zoo.reference.examination import examine
+
+    grades = examine(zoo.load_model("reference-vlm", device="cpu"), ["recognition", "position"], wanted=64)
+    for grade in grades.values():
+        assert grade.displaced is not None
+        assert grade.accuracy > grade.chance + 0.2
+        assert grade.accuracy > grade.displaced + 0.1
