@@ -208,7 +208,7 @@ class Bench:
 
 
 HEAD = (
-    f"{'model':9}{'method':20}{'budget':38}{'tokens':>8}{'ms':>8}{'gain':>14}{'bound':>7}{'linear':>8}{'eff':>6}"
+    f"{'model':9}{'method':27}{'budget':38}{'tokens':>8}{'ms':>8}{'gain':>14}{'bound':>7}{'linear':>8}{'eff':>6}"
     "  misses"
 )
 
@@ -217,11 +217,11 @@ def print_row(row: Row) -> None:
     """One line."""
     budget = ", ".join(f"{name}={value}" for name, value in row.budget.items())
     if row.gain is None or row.own_ms is None or row.efficiency is None:
-        print(f"{row.model:9}{row.method:20}{budget:38}  skipped: {row.skipped}", flush=True)
+        print(f"{row.model:9}{row.method:27}{budget:38}  skipped: {row.skipped}", flush=True)
         return
     gain = f"{row.gain.median:.3f} ±{row.gain.spread or 0:.3f}"
     print(
-        f"{row.model:9}{row.method:20}{budget:38}{row.kept:8.1%}{row.own_ms.median:8.0f}{gain:>14}{row.bound:7.2f}"
+        f"{row.model:9}{row.method:27}{budget:38}{row.kept:8.1%}{row.own_ms.median:8.0f}{gain:>14}{row.bound:7.2f}"
         f"{row.linear:8.2f}{row.efficiency:6.2f}  {row.misses()}",
         flush=True,
     )

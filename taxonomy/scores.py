@@ -182,6 +182,24 @@ def pooled(scores: Sequence[Score]) -> Score:
     )
 
 
+def averaged(scores: Sequence[Score]) -> Score:
+    """One score of several draws on the same tasks: the mean of each part and figure, and at least their own spread."""
+    values = sorted(score.value for score in scores)
+    mean = fmean(values)
+    bounds = [score.bound for score in scores if score.bound is not None]
+    dense, method = ([getattr(score, arm) for score in scores] for arm in ("dense", "method"))
+    spread = (values[-1] - values[0]) / 2 / mean if mean > 0 else 0.0
+    return replace(
+        scores[0],
+        parts=tuple(map(fmean, zip(*(score.parts for score in scores), strict=True))),
+        value=mean,
+        noise=max(spread, *(score.noise for score in scores)),
+        bound=fmean(bounds) if len(bounds) == len(scores) else None,
+        dense=None if None in dense else fmean(dense),
+        method=None if None in method else fmean(method),
+    )
+
+
 def _mean(quantity: str, values: Sequence[float]) -> float:
     """Of shares the arithmetic mean, of ratios of speed or size the harmonic one."""
     if len(values) == 1:

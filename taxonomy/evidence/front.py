@@ -12,6 +12,7 @@ from taxonomy import paths
 from taxonomy.errors import QueryError
 from taxonomy.evidence.asking import answers_of, bound_names
 from taxonomy.evidence.point import Front, Point, Setting, proofs_of, proven_by
+from taxonomy.evidence.pooling import over_draws
 from taxonomy.evidence.reading import trials
 from taxonomy.evidence.trial import Trial
 from taxonomy.queries import find_facet, find_term
@@ -91,7 +92,7 @@ def fronts(
     """Group trials that may be compared and mark the best of each group; the largest group comes first."""
     groups: dict[tuple[Any, ...], list[tuple[Trial, Score, Score]]] = defaultdict(list)
     by_setting: dict[tuple[Any, ...], list[Trial]] = defaultdict(list)
-    for trial in found:
+    for trial in over_draws(found):
         by_setting[trial.model, trial.hardware, trial.device, trial.dtype, trial.protocol].append(trial)
     proofs = proofs_of(found)
     for setting, members in by_setting.items():

@@ -1,4 +1,4 @@
-"""Runs that measured one task each, put together: a method at one setting on all its tasks is one trial."""
+"""Runs put together: those that measured one task each are one trial, and so are the draws of a random choice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from taxonomy.evidence.trial import Trial
-from taxonomy.scores import ALL_GAINS, Score, pooled
+from taxonomy.scores import ALL_GAINS, Score, averaged, pooled
 
 
 def over_tasks(found: Iterable[Trial]) -> list[Trial]:
@@ -31,6 +31,51 @@ def over_tasks(found: Iterable[Trial]) -> list[Trial]:
         else:
             left.append(trial)
     return left + [_pooled(members) for members in groups.values()]
+
+
+def over_draws(found: Sequence[Trial]) -> list[Trial]:
+    """One trial of those that differ in their method's seed only: the mean of the draws, in place of the luckiest.
+
+    Where two have the same seed as well, something else tells them apart: those are left alone.
+    """
+    drawn = {trial.method for trial in found if _seeds(trial)}
+    left: list[Trial] = []
+    groups: dict[tuple[Any, ...], list[Trial]] = defaultdict(list)
+    for trial in found:
+        if trial.method not in drawn:
+            left.append(trial)
+            continue
+        settings = json.dumps(_unseeded(trial), sort_keys=True)
+        place = (trial.model, trial.hardware, trial.device, trial.dtype, trial.protocol)
+        measured = frozenset((name, score.tasks) for name, score in trial.scores.items())
+        groups[trial.method, settings, place, measured].append(trial)
+    for draws in groups.values():
+        apart = len({json.dumps(_seeds(trial), sort_keys=True) for trial in draws}) == len(draws)
+        left += [_mean_draw(draws)] if apart and len(draws) > 1 else draws
+    return left
+
+
+def _seeds(trial: Trial) -> dict[str, Any]:
+    """The seeds among the settings; those of a stack by ``slug.seed``."""
+    return {name: value for name, value in trial.settings.items() if name.rpartition(".")[2] == "seed"}
+
+
+def _unseeded(trial: Trial) -> dict[str, Any]:
+    seeds = _seeds(trial)
+    return {name: value for name, value in trial.settings.items() if name not in seeds}
+
+
+def _mean_draw(draws: Sequence[Trial]) -> Trial:
+    """The mean of all draws, dated as the newest."""
+    newest = max(draws, key=lambda trial: (trial.started, trial.key))
+    scores = {name: averaged([trial.scores[name] for trial in draws]) for name in newest.scores}
+    return replace(
+        newest,
+        settings=_unseeded(newest),
+        scores=scores,
+        draws=len(draws),
+        members=tuple(run for trial in draws for run in trial.runs),
+    )
 
 
 def _speaks_for_one_task(trial: Trial) -> bool:

@@ -16,6 +16,7 @@ from taxonomy.errors import QueryError
 from taxonomy.evidence.asking import answers_of
 from taxonomy.evidence.front import checked_goal
 from taxonomy.evidence.point import PROOF, proofs_of, proven_by
+from taxonomy.evidence.pooling import over_draws
 from taxonomy.evidence.reading import trials
 from taxonomy.evidence.trial import Trial, command_of
 from taxonomy.scores import GOALS, QUALITIES, Score
@@ -114,7 +115,7 @@ def _best_of(
     """
     measured = []
     widest: Counter[str] = Counter()
-    for trial in found:
+    for trial in over_draws(found):
         quality = next((trial.scores[name] for name in QUALITIES if name in trial.scores), None)
         gain = max(
             (trial.scores[name] for name in gains if name in trial.scores), key=_credited, default=None

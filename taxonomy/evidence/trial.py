@@ -17,7 +17,7 @@ class Trial:
 
     ``settings`` are the parameters that set the budget and those that are not at their default. ``trial`` is the same
     for cells of a plan that differ in their task only. ``members`` are the runs that it stands for, where each measured
-    another task (``taxonomy.evidence.pooling``).
+    another task or was another one of ``draws`` (``taxonomy.evidence.pooling``).
     """
 
     key: str
@@ -35,6 +35,7 @@ class Trial:
     scores: Mapping[str, Score] = field(default_factory=dict)
     trial: str | None = None
     members: tuple[Trial, ...] = ()
+    draws: int = 1
 
     @property
     def runs(self) -> tuple[Trial, ...]:
@@ -44,7 +45,8 @@ class Trial:
     @property
     def setting_text(self) -> str:
         """The settings in one line, as ``sparsity=0.3``."""
-        return ", ".join(f"{name}={_plain(value)}" for name, value in self.settings.items())
+        words = [f"{name}={_plain(value)}" for name, value in self.settings.items()]
+        return ", ".join([*words, f"mean of {self.draws} seeds"] if self.draws > 1 else words)
 
     @property
     def command(self) -> str:

@@ -32,7 +32,7 @@ def weights_run(
         Figure("perplexity", "method", "1", perplexity, None, 1, "news"),
     )
     values = {"model": "small", "model_facts": {"architecture": "llama"}, "measurements": figures, **changes}
-    return make_run(method=method, parameters={"sparsity": sparsity}, **values)
+    return make_run(**{"method": method, "parameters": {"sparsity": sparsity}, **values})
 
 
 @pytest.fixture
@@ -271,3 +271,25 @@ def test_cells_of_a_plan_that_differ_in_their_task_are_one_trial(as_catalog: Pat
     assert (scores["accuracy"].dense, scores["accuracy"].method) == (pytest.approx(0.65), pytest.approx(0.45))
     assert scores["prefill-time"].value == pytest.approx(2.0)
     assert [len(found[name].runs) for name in ("fastv", "divprune")] == [3, 3]
+
+
+def test_draws_of_a_random_choice_count_as_their_mean(as_catalog: Path) -> None:
+    """The luckiest of three draws would beat a method that is better than their mean."""
+    lucky = (1.2, 1.4, 1.6)
+    for seed, gain in enumerate(lucky):
+        keep(weights_run("flap", 0.2, gain, 10 / 0.8, seed=0, parameters={"sparsity": 0.2, "seed": seed}))
+    keep(weights_run("cfsp", 0.2, 1.5, 10 / 0.85))
+    found = evidence.trials(model="small")
+    assert len(found) == 4
+    (front,) = evidence.fronts(found)
+    points = {point.trial.method: point for point in front.points}
+    assert len(front.points) == 2
+    assert points["flap"].gain.value == pytest.approx(1.4)
+    assert points["flap"].gain.noise == pytest.approx(0.2 / 1.4)
+    assert points["flap"].trial.setting_text == "sparsity=0.2, mean of 3 seeds"
+    assert (points["cfsp"].best, points["flap"].best) == (True, False)
+    # The same seed twice: something else differs, so nothing is averaged.
+    again = {"inputs": {"calibration": "other"}, "parameters": {"sparsity": 0.2, "seed": 1}}
+    keep(weights_run("flap", 0.2, 1.3, 10 / 0.8, **again))
+    (front,) = evidence.fronts(evidence.trials(model="small"))
+    assert len(front.points) == 5
