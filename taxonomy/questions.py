@@ -11,11 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from taxonomy.evidence import Score, Trial
+from taxonomy.evidence import BUDGETS, Score, Trial
 from taxonomy.scores import SELECTION
-
-BUDGETS = ("sparsity", "keep_ratio")
-"""Parameters that set how much leaves."""
 
 Budget = tuple[str, float]
 """Name and value of the parameter that sets how much leaves."""
@@ -98,7 +95,15 @@ class Beats(_Test):
         return geometric_mean(cells)
 
 
-class HoldsUp(_Test):
+class _Mean(_Test):
+    """A test whose figure is the mean of its cells."""
+
+    def figure(self, cells: Sequence[float]) -> float:
+        """The mean."""
+        return fmean(cells)
+
+
+class HoldsUp(_Mean):
     """A baseline is at least as good as most methods: share of the (method, budget) cells in which it is."""
 
     kind: Literal["holds-up"]
@@ -116,10 +121,6 @@ class HoldsUp(_Test):
             for variant, value in group.items()
             if variant.split(" ")[0] != self.baseline
         ]
-
-    def figure(self, cells: Sequence[float]) -> float:
-        """The share."""
-        return fmean(cells)
 
 
 class NoWinner(_Test):
@@ -144,7 +145,7 @@ class NoWinner(_Test):
         return Counter(cells).most_common(1)[0][1] / len(cells)
 
 
-class MostFragile(_Test):
+class MostFragile(_Mean):
     """One task (a word of its label) suffers most: share of the runs in which no other task keeps less."""
 
     kind: Literal["most-fragile"]
@@ -162,10 +163,6 @@ class MostFragile(_Test):
             if asked and len(parts) > 1:
                 found.append(float(min(asked) <= min(parts.values())))
         return found
-
-    def figure(self, cells: Sequence[float]) -> float:
-        """The share."""
-        return fmean(cells)
 
 
 class BudgetDominates(_Test):
@@ -204,7 +201,7 @@ def _explained(values: Sequence[tuple[str, float]]) -> float:
     return between / total if total > 0 else 0.0
 
 
-class Flips(_Test):
+class Flips(_Mean):
     """Answers change where scores hardly do: mean share of changed answers in the cells that keep ``nearly`` all."""
 
     kind: Literal["flips"]
@@ -227,12 +224,8 @@ class Flips(_Test):
             ]
         return found
 
-    def figure(self, cells: Sequence[float]) -> float:
-        """The mean."""
-        return fmean(cells)
 
-
-class CheapSelection(_Test):
+class CheapSelection(_Mean):
     """Choosing what to keep costs little of the prefill: mean share over the runs."""
 
     kind: Literal["cheap-selection"]
@@ -250,31 +243,12 @@ class CheapSelection(_Test):
         """One share per run."""
         return [score.value for _, _, score in self.chosen(trials)]
 
-    def figure(self, cells: Sequence[float]) -> float:
-        """The mean."""
-        return fmean(cells)
 
-
-class Untestable(_Test):
+class Untestable(Strict):
     """Nothing here can answer it, and why."""
 
     kind: Literal["untestable"]
     reason: str
-    label: str = ""
-    threshold: float = 0.0
-    above: bool = True
-
-    def cells(self, trials: Sequence[Trial]) -> list[float]:
-        """None."""
-        return []
-
-    def chosen(self, trials: Sequence[Trial]) -> list[tuple[Trial, Budget, Score]]:
-        """None."""
-        return []
-
-    def figure(self, cells: Sequence[float]) -> float:
-        """There is none."""
-        raise NotImplementedError
 
 
 class _ByTask(_Test):

@@ -9,10 +9,11 @@ from taxonomy.evidence.front import fronts, goals_of, most_measured, pareto
 from taxonomy.evidence.point import Cell, Front, Point
 from taxonomy.evidence.reading import reference_trials, trials
 from taxonomy.evidence.recommendation import Pick, Recommendation, counted, parse_share, recommend
-from taxonomy.evidence.trial import Trial
+from taxonomy.evidence.trial import BUDGETS, Trial
 from taxonomy.scores import ALL_GAINS, GOALS, QUALITIES, Score
 
 __all__ = [
-    "ALL_GAINS", "GOALS", "QUALITIES", "Cell", "Front", "Pick", "Point", "Recommendation", "Score", "Trial", "counted",
-    "fronts", "goals_of", "most_measured", "pareto", "parse_share", "recommend", "reference_trials", "trials",
+    "ALL_GAINS", "BUDGETS", "GOALS", "QUALITIES", "Cell", "Front", "Pick", "Point", "Recommendation", "Score", "Trial",
+    "counted", "fronts", "goals_of", "most_measured", "pareto", "parse_share", "recommend", "reference_trials",
+    "trials",
 ]  # fmt: skip

@@ -12,11 +12,8 @@ from typing import Any
 from taxonomy import paths
 from taxonomy.evidence.asking import Question, answers_of, bound_names
 from taxonomy.evidence.pooling import over_tasks
-from taxonomy.evidence.trial import Trial
+from taxonomy.evidence.trial import BUDGETS, Trial
 from taxonomy.scores import ALL_GAINS, COUNTED, HELPING, QUALITIES, SCORED, Score, scores_of
-
-_BUDGETS = ("sparsity", "keep_ratio")
-"""Parameters that are told even at their default: every method of a family has another one."""
 
 
 def trials(
@@ -178,5 +175,5 @@ def _changed(
     return {
         name: value
         for name, value in given.items()
-        if name in _BUDGETS or (usual.get(name) != value and (value or usual.get(name)))
+        if name in BUDGETS or (usual.get(name) != value and (value or usual.get(name)))
     }

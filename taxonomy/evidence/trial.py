@@ -10,6 +10,9 @@ from typing import Any
 
 from taxonomy.scores import Score
 
+BUDGETS = ("sparsity", "keep_ratio")
+"""Parameters that set how much leaves: told even at their default, since every method of a family has another one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Trial:
