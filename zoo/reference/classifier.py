@@ -11,7 +11,8 @@ Where merged ones should count as many times as the patches they hold, methods h
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,8 @@ def fit(
     folder = Path(output).expanduser().absolute()
     if (folder / TRAINED).exists():
         raise BadInput(f"there is a head in {folder} already; name another folder")
+    with _written_to(folder):  # before the work, not after it
+        folder.mkdir(parents=True, exist_ok=True)
     task = ImageClassification(data=DATA, limit=judged)
     learnt = labelled(DATA, "train", fitted)
     backbone = encoder()
@@ -159,11 +162,17 @@ def fit(
         finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         environment=environment("cpu", model.config._attn_implementation),
     )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with _written_to(folder):
         (folder / RECORD).write_text(f"{record.model_dump_json(indent=2)}\n", encoding="utf-8")
         save_file({"weight": weight, "bias": bias}, folder / TRAINED)
+    return record
+
+
+@contextmanager
+def _written_to(folder: Path) -> Iterator[None]:
+    """What the system says about ``folder``, in one sentence."""
+    try:
+        yield
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise RunFailed(f"the head could not be written to {folder}: {reason}") from None
-    return record
